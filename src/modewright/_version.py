@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The version of the package; ``pyproject.toml`` reads it from here."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running calibration data through a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from modewright.errors import DataError
+
+OnBatch = Callable[[int, "int | None"], None]
+
+
+def run_calibration(
+    model: nn.Module, calibration: object, *, on_batch: OnBatch | None = None
+) -> int:
+    """Run data through a model, without gradients and in eval mode.
+
+    Args:
+        model: The model; every train flag is put back afterwards.
+        calibration: Batches (each a tensor, a tuple or list of positional inputs, or a dict of
+            keyword inputs), or a function ``(model) -> None`` that runs the model itself.
+        on_batch: Called after each batch with its number from 1 and the number of all batches, if
+            that is known.
+
+    Returns:
+        The number of batches; 1 for a function.
+
+    Raises:
+        DataError: There are no batches, or one has another form.
+    """
+    with torch.no_grad(), evaluating(model):
+        if callable(calibration):
+            calibration(model)
+            return 1
+        if not isinstance(calibration, Iterable):
+            raise DataError(
+                "calibration must be an iterable of batches or a function that runs the model; "
+                f"received {type(calibration).__name__}."
+            )
+        total = len(calibration) if isinstance(calibration, Sized) else None
+        device = next((p.device for p in model.parameters()), None)
+        count = 0
+        for count, batch in enumerate(calibration, start=1):
+            _call(model, batch, device, count)
+            if on_batch is not None:
+                on_batch(count, total)
+    if not count:
+        raise DataError(
+            "calibration holds no batches. An iterator is empty after its first use; pass a list."
+        )
+    return count
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode, and each back in the mode it was in."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _call(model: nn.Module, batch: object, device: torch.device | None, number: int) -> None:
+    if isinstance(batch, torch.Tensor):
+        model(batch.to(device))
+    elif isinstance(batch, (tuple, list)):
+        model(*(_moved(item, device) for item in batch))
+    elif isinstance(batch, Mapping):
+        model(**{key: _moved(item, device) for key, item in batch.items()})
+    else:
+        raise DataError(
+            f"Batch {number} is a {type(batch).__name__}; a tensor, a tuple of positional inputs or "
+            "a dict of keyword inputs was expected."
+        )
+
+
+def _moved(item: Any, device: torch.device | None) -> Any:
+    return item.to(device) if isinstance(item, torch.Tensor) else item

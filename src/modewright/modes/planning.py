@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``plan``: what a sequence of modes would do to a model, or why it may not, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from modewright.errors import ModewrightError
+from modewright.modes.config import build_config
+from modewright.modes.descriptor import ModeDescriptor
+from modewright.modes.model_like import ModelLike, as_model, unwrap
+from modewright.modes.registry import ModeRegistry
+from modewright.modes.sequence import Position
+from modewright.modes.state import state_of
+from modewright.modes.steps import BareMode, ConfigLike, Modes, resolve_mode, split_modes
+from modewright.modes.traits import trait_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStep:
+    """One step of a plan.
+
+    Attributes:
+        mode: The mode's name, as far as it is known.
+        config: The validated config as JSON data; ``None`` if it does not validate.
+        effects: What the mode would do, in lines.
+        problem: Why it may not be applied and what would make it right; ``None`` if it may.
+    """
+
+    mode: str
+    config: dict[str, Any] | None = None
+    effects: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a sequence of modes would do.
+
+    Attributes:
+        applied: Names of the modes the model has already.
+        steps: The steps up to the first problem, that one included.
+        not_reached: Names of the steps after the first problem.
+        traits: The traits that hold after the last possible step.
+        open_modes: Modes that would still wait for their export mode.
+    """
+
+    applied: tuple[str, ...]
+    steps: tuple[PlannedStep, ...]
+    not_reached: tuple[str, ...] = ()
+    traits: tuple[str, ...] = ()
+    open_modes: tuple[str, ...] = ()
+
+    @property
+    def problem(self) -> str | None:
+        """The reason why the sequence may not be applied, or ``None``."""
+        return self.steps[-1].problem if self.steps else None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the sequence may be applied."""
+        return self.problem is None
+
+    def __str__(self) -> str:
+        """Return the plan for people, a line or more for each step."""
+        lines = [f"already applied: {', '.join(self.applied)}"] if self.applied else []
+        for number, step in enumerate(self.steps, start=1):
+            config = ", ".join(f"{k}={v!r}" for k, v in (step.config or {}).items())
+            lines.append(f"{number}. {step.mode}({config})")
+            lines.extend(f"     {effect}" for effect in step.effects)
+            if step.problem is not None:
+                lines.append(f"     NOT POSSIBLE: {step.problem}")
+        lines.extend(f"-  {name} (not reached)" for name in self.not_reached)
+        if self.ok:
+            lines.append(f"then the model is: {', '.join(self.traits) or 'an ordinary module'}")
+        return "\n".join(lines)
+
+
+def plan(model: object, mode: Modes, *, registry: ModeRegistry) -> Plan:
+    """Say what a sequence would do; see :func:`modewright.plan`."""
+    root = None if model is None else as_model(model)
+    if isinstance(root, nn.Module):
+        root, _ = unwrap(root)
+    state = state_of(root) if isinstance(root, nn.Module) else None
+    applied = [record.descriptor for record in state or ()]
+    position = Position.after_all(applied)
+    pairs = split_modes(mode)
+    registry.check()
+    steps: list[PlannedStep] = []
+    for pair in pairs:
+        step, descriptor = _planned(root, pair, position, registry)
+        steps.append(step)
+        if descriptor is None or step.problem is not None:
+            break
+        position = position.after(descriptor)
+    return Plan(
+        applied=tuple(m.name for m in applied),
+        steps=tuple(steps),
+        not_reached=tuple(_bare_name(bare) for bare, _ in pairs[len(steps) :]),
+        traits=tuple(trait_names(position.traits)),
+        open_modes=tuple(position.history[i].name for i in position.open),
+    )
+
+
+def _planned(
+    root: nn.Module | ModelLike | None,
+    pair: tuple[BareMode, ConfigLike],
+    position: Position,
+    registry: ModeRegistry,
+) -> tuple[PlannedStep, ModeDescriptor[Any] | None]:
+    bare, value = pair
+    name = _bare_name(bare)
+    config: dict[str, Any] | None = None
+    effects: tuple[str, ...] = ()
+    try:
+        descriptor = resolve_mode(bare, registry)
+        name = descriptor.name
+        validated = build_config(descriptor.config_class, value, where=f"mode {name!r}")
+        config = validated.to_json()
+        position.check(descriptor, registry)
+        if isinstance(root, nn.Module):
+            effects = tuple(descriptor.preview(root, validated))
+    except ModewrightError as error:
+        return PlannedStep(mode=name, config=config, problem=str(error)), None
+    return PlannedStep(mode=name, config=config, effects=effects), descriptor
+
+
+def _bare_name(bare: BareMode) -> str:
+    if isinstance(bare, str):
+        return bare
+    return bare.__name__ if isinstance(bare, type) else bare.name

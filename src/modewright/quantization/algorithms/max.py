@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Max scales: nothing saturates.
+
+The scale of a group is its largest magnitude over the largest code. It is the only choice that
+clips nothing, needs one pass, and has a bound: no value moves by more than half a scale.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from modewright.formats.affine import scale_from_range
+from modewright.formats.integer import IntegerFormat
+
+
+def max_scale(
+    grouped: torch.Tensor, fmt: IntegerFormat
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return scale and zero point of every group of a tensor.
+
+    Args:
+        grouped: ``[rows, groups, group]``, any float dtype.
+        fmt: The format of the codes.
+
+    Returns:
+        ``scale`` and ``zero_point`` (``None`` if the format is signed), ``[rows, groups]`` float32.
+    """
+    if not grouped.numel():
+        ones = torch.ones(grouped.shape[:2], device=grouped.device)
+        return ones, None if fmt.signed else torch.zeros_like(ones)
+    minimum, maximum = torch.aminmax(grouped.detach(), dim=-1)
+    return scale_from_range(minimum, maximum, fmt)

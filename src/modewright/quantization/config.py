@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may set on the quantization modes. Imports no torch, so that it can be shown fast."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from modewright.modes.config import ModeConfig
+
+GranularityName = Literal["tensor", "channel", "group", "token"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class QuantizerConfig(_Settings):
+    """How one tensor is represented."""
+
+    num_bits: int = Field(default=8, ge=2, le=8, description="Width of a code: 2 to 8.")
+    symmetric: bool = Field(
+        default=True,
+        description="Signed codes around zero; otherwise unsigned ones and a zero point.",
+    )
+    granularity: GranularityName = Field(
+        default="tensor",
+        description="What shares a scale: the tensor, an output channel, a group of inputs of one "
+        "channel, or one token (the last axis).",
+    )
+    group_size: int | None = Field(
+        default=None, ge=1, description="Values that share a scale; only with granularity 'group'."
+    )
+    dynamic: bool = Field(
+        default=False, description="Take the scale from each tensor as it comes; no calibration."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantizerConfig:
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError(
+                f"granularity 'group' and group_size go together: got {self.granularity!r} and "
+                f"{self.group_size!r}"
+            )
+        if self.granularity == "token" and not self.dynamic:
+            raise ValueError("granularity 'token' needs dynamic=True: tokens are not known before")
+        return self
+
+
+class QuantizerOverride(_Settings):
+    """Fields of a quantizer that a rule changes; those left out stay as the scheme says."""
+
+    enable: bool | None = Field(default=None, description="Switch the quantizer on or off.")
+    num_bits: int | None = Field(default=None, ge=2, le=8, description="Width of a code: 2 to 8.")
+    symmetric: bool | None = Field(default=None, description="Signed codes, or a zero point.")
+    granularity: GranularityName | None = Field(default=None, description="What shares a scale.")
+    group_size: int | None = Field(default=None, ge=1, description="Values that share a scale.")
+    dynamic: bool | None = Field(default=None, description="Take the scale from each tensor.")
+
+    def on(self, base: QuantizerConfig | None) -> QuantizerConfig | None:
+        """Return the quantizer that ``base`` becomes; ``None`` is one that is off."""
+        changes = {k: v for k, v in self.model_dump().items() if v is not None}
+        enable = changes.pop("enable", None)
+        if enable is False or (base is None and not changes and not enable):
+            return None
+        fields = base.model_dump() if base is not None else {}
+        if changes.get("granularity", "group") != "group":
+            fields["group_size"] = None
+        elif "group_size" in changes:
+            fields["granularity"] = "group"
+        return QuantizerConfig(**{**fields, **changes})
+
+
+class SchemeConfig(_Settings):
+    """How the tensors of one layer are represented; ``None`` leaves one as it is."""
+
+    weights: QuantizerConfig | None = None
+    input_activations: QuantizerConfig | None = None
+    output_activations: QuantizerConfig | None = None
+
+
+class Rule(_Settings):
+    """What is different for some modules; later rules win."""
+
+    targets: tuple[str, ...] = Field(
+        min_length=1, description="Patterns of module paths or class names that the rule is for."
+    )
+    ignore: tuple[str, ...] = Field(default=(), description="Patterns of exceptions from targets.")
+    scheme: str | None = Field(
+        default=None, description="Another scheme; 'none' for no quantization."
+    )
+    weights: QuantizerOverride | None = Field(default=None, description="Changes to the weights.")
+    input_activations: QuantizerOverride | None = Field(
+        default=None, description="Changes to the input activations."
+    )
+    output_activations: QuantizerOverride | None = Field(
+        default=None, description="Changes to the output activations."
+    )
+
+
+class QuantizeConfig(ModeConfig):
+    """Config of mode ``quantize``."""
+
+    scheme: str = Field(default="w8a8", description="Name of the scheme for all targets.")
+    targets: tuple[str, ...] | None = Field(
+        default=None,
+        description="Patterns of the modules to quantize; all linear and convolution layers if "
+        "left out.",
+    )
+    ignore: tuple[str, ...] = Field(default=(), description="Patterns of modules to leave alone.")
+    rules: tuple[Rule, ...] = Field(
+        default=(), description="Exceptions, in order; later rules win over earlier ones."
+    )
+    on_unmatched: Literal["error", "report"] = Field(
+        default="error",
+        description="What to do about a pattern that matches no module: fail, or list it.",
+    )
+
+
+class MaxCalibrateConfig(ModeConfig):
+    """Config of mode ``max_calibrate``."""
+
+    require_data: bool = Field(
+        default=True,
+        description="Fail if a static activation quantizer saw no data; otherwise it stays dynamic "
+        "and is listed.",
+    )
+
+
+class ExportQuantizeConfig(ModeConfig):
+    """Config of mode ``export_quantize``: there is nothing to set."""

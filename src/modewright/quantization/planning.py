@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules + model -> which layer gets which scheme, and what is skipped for what reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pydantic import ValidationError
+from torch import nn
+
+from modewright.errors import ConfigError, MatchError
+from modewright.matching import match_modules, require_matches
+from modewright.modes.config import describe_validation
+from modewright.quantization.config import QuantizeConfig, Rule, SchemeConfig
+from modewright.quantization.layers import (
+    DEFAULT_TARGETS,
+    QUANTIZED_CLASSES,
+    READS_CHILDREN,
+    overrides_forward,
+    supported_base,
+)
+from modewright.quantization.schemes import scheme
+
+
+class SkipReason(str, Enum):
+    """Why a layer that a pattern matched is not quantized; the value is what the user reads."""
+
+    OWN_FORWARD = "its class overrides forward, which would bypass the quantizers"
+    READ_BY_PARENT = "its parent reads its weight without calling it"
+    SHARED_WEIGHT = "its weight is shared with a layer that is not quantized in the same way"
+    NOT_FLOATING = "its weight is not a floating-point tensor"
+
+
+@dataclass
+class LayerPlan:
+    """What ``quantize`` does to a model.
+
+    Attributes:
+        schemes: The scheme of every layer that is quantized, by path.
+        skipped: The reason for every layer that was matched and is not.
+        unmatched: Patterns that matched nothing, where the config allows that.
+    """
+
+    schemes: dict[str, SchemeConfig] = field(default_factory=dict)
+    skipped: dict[str, SkipReason] = field(default_factory=dict)
+    unmatched: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """Return the plan for people."""
+        groups: dict[str, list[str]] = {}
+        for name, layer in self.schemes.items():
+            groups.setdefault(describe_scheme(layer), []).append(name)
+        lines = [f"{len(names)} layers: {text} ({_some(names)})" for text, names in groups.items()]
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason.value, []).append(name)
+        lines += [f"skips {_some(names)}: {reason}" for reason, names in by_reason.items()]
+        lines += [f"pattern {pattern!r} matches nothing" for pattern in self.unmatched]
+        return lines
+
+
+def plan_layers(model: nn.Module, config: QuantizeConfig) -> LayerPlan:
+    """Find the scheme of every layer of a model.
+
+    Raises:
+        MatchError: A pattern matches nothing, or nothing that can be quantized.
+        ConfigError: A scheme is unknown, or a rule makes a quantizer that contradicts itself.
+    """
+    modules = dict(model.named_modules())
+    matched = _Matching(modules, config)
+    base_scheme = scheme(config.scheme)
+    chosen: dict[str, SchemeConfig | None] = {}
+    for name in matched.targets(config.targets or DEFAULT_TARGETS, "targets"):
+        chosen[name] = base_scheme
+    for number, rule in enumerate(config.rules, start=1):
+        where = f"rules[{number - 1}]"
+        for name in matched.targets(rule.targets, f"{where}.targets", rule.ignore):
+            chosen[name] = _changed(chosen.get(name), rule, where)
+    ignored = matched.names(config.ignore, "ignore")
+    wanted = {
+        name: layer
+        for name, layer in chosen.items()
+        if layer is not None and name not in ignored and layer != SchemeConfig()
+    }
+    if not wanted and not config.on_unmatched == "report":
+        raise MatchError(
+            f"mode 'quantize' would quantize nothing: of {len(modules) - 1} modules none is a "
+            f"{', '.join(cls.__name__ for cls in QUANTIZED_CLASSES)} that the rules pick."
+        )
+    plan = LayerPlan(unmatched=matched.unmatched)
+    skipped = _skips(modules, wanted)
+    plan.skipped = skipped
+    plan.schemes = {name: layer for name, layer in wanted.items() if name not in skipped}
+    return plan
+
+
+class _Matching:
+    """Matches patterns, and remembers or refuses those that match nothing."""
+
+    def __init__(self, modules: dict[str, nn.Module], config: QuantizeConfig) -> None:
+        self._modules = modules
+        self._strict = config.on_unmatched == "error"
+        self._default = config.targets is None
+        self.unmatched: tuple[str, ...] = ()
+
+    def names(self, patterns: Iterable[str], where: str) -> frozenset[str]:
+        patterns = tuple(patterns)
+        what = f"`{where}` of mode 'quantize'"
+        if self._strict:
+            return require_matches(self._modules, patterns, what).names
+        matches = match_modules(self._modules, patterns)
+        self.unmatched += matches.unmatched
+        return matches.names
+
+    def targets(
+        self, patterns: tuple[str, ...], where: str, ignore: tuple[str, ...] = ()
+    ) -> list[str]:
+        """Return the paths of layers that can be quantized, in the order of the model."""
+        if where == "targets" and self._default:
+            found = match_modules(self._modules, patterns).names
+        else:
+            found = self.names(patterns, where)
+        found -= self.names(ignore, where.replace("targets", "ignore")) if ignore else frozenset()
+        layers = [n for n, m in self._modules.items() if n in found and supported_base(m)]
+        if found and not layers and self._strict:
+            kinds = sorted({type(self._modules[n]).__name__ for n in found})
+            raise MatchError(
+                f"`{where}` of mode 'quantize': {', '.join(map(repr, patterns))} match only "
+                f"{', '.join(kinds)}, which cannot be quantized. Supported: "
+                f"{', '.join(cls.__name__ for cls in QUANTIZED_CLASSES)}. To reach the layers "
+                "inside a container, end the pattern with '.*'."
+            )
+        return layers
+
+
+def _changed(current: SchemeConfig | None, rule: Rule, where: str) -> SchemeConfig | None:
+    base = current if rule.scheme is None else scheme(rule.scheme)
+    base = base or SchemeConfig()
+    changes = {}
+    for member in ("weights", "input_activations", "output_activations"):
+        override = getattr(rule, member)
+        if override is not None:
+            try:
+                changes[member] = override.on(getattr(base, member))
+            except ValidationError as error:
+                raise ConfigError(
+                    f"`{where}.{member}` of mode 'quantize' does not fit the scheme it changes:\n"
+                    f"{describe_validation(error)}"
+                ) from error
+    return base.model_copy(update=changes)
+
+
+def _skips(modules: dict[str, nn.Module], wanted: dict[str, SchemeConfig]) -> dict[str, SkipReason]:
+    skipped: dict[str, SkipReason] = {}
+    for name in wanted:
+        module, parent = modules[name], modules[name.rpartition(".")[0]]
+        base = supported_base(module)
+        if base is None or overrides_forward(module, base):
+            skipped[name] = SkipReason.OWN_FORWARD
+        elif isinstance(parent, READS_CHILDREN):
+            skipped[name] = SkipReason.READ_BY_PARENT
+        elif not module._parameters["weight"].is_floating_point():  # type: ignore[union-attr]
+            skipped[name] = SkipReason.NOT_FLOATING
+    for names in _sharing(modules):
+        weights = [wanted[n].weights if n in wanted and n not in skipped else None for n in names]
+        if any(w != weights[0] for w in weights):
+            for name in names:
+                if name in wanted:
+                    skipped.setdefault(name, SkipReason.SHARED_WEIGHT)
+    return skipped
+
+
+def _sharing(modules: dict[str, nn.Module]) -> list[list[str]]:
+    """Return the groups of modules whose ``weight`` is one parameter."""
+    holders: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append(name)
+    return [names for names in holders.values() if len(names) > 1]
+
+
+def describe_scheme(layer: SchemeConfig) -> str:
+    """Return a scheme in words: ``int4 weights in groups of 64, int8 inputs per token``."""
+    parts = []
+    for label, member in (
+        ("weights", layer.weights),
+        ("inputs", layer.input_activations),
+        ("outputs", layer.output_activations),
+    ):
+        if member is None:
+            continue
+        grain = (
+            f"in groups of {member.group_size}"
+            if member.granularity == "group"
+            else f"per {member.granularity}"
+        )
+        kind = f"{'int' if member.symmetric else 'uint'}{member.num_bits}"
+        parts.append(f"{kind} {label} {grain}{' (dynamic)' if member.dynamic else ''}")
+    return ", ".join(parts) or "unchanged"
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
