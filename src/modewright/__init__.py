@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from modewright.modes.traits import Trait
     from modewright.recipes.loader import load_recipe
     from modewright.recipes.schema import Recipe
-    from modewright.run import Result, optimize
+    from modewright.run.optimize import optimize
+    from modewright.run.result import Result
 
 _HOME = {
     "apply_mode": "api",
@@ -62,8 +63,8 @@ _HOME = {
     "Trait": "modes.traits",
     "load_recipe": "recipes.loader",
     "Recipe": "recipes.schema",
-    "Result": "run",
-    "optimize": "run",
+    "Result": "run.result",
+    "optimize": "run.optimize",
 }
 
 __all__ = [

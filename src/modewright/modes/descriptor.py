@@ -56,7 +56,7 @@ class ModeDescriptor(ABC, Generic[C]):
 
     @abstractmethod
     def convert(
-        self, model: nn.Module, config: C, **mode_kwargs: Any
+        self, model: nn.Module, config: C, *args: Any, **mode_kwargs: Any
     ) -> tuple[nn.Module | None, Metadata] | tuple[nn.Module | None, C, Metadata]:
         """Change the model; return it and the metadata from which :meth:`restore` rebuilds it.
 
@@ -69,6 +69,7 @@ class ModeDescriptor(ABC, Generic[C]):
                 :attr:`require_model_like`.
             config: The validated config. It is frozen: to record another one, return
                 ``(model, config, metadata)``.
+            args: Nothing; there so that a mode may name the keywords it takes.
             mode_kwargs: What must not be recorded: data, loss functions, loaders.
 
         Returns:
@@ -165,6 +166,11 @@ class ModeDescriptor(ABC, Generic[C]):
         failure can be undone. A mode that only replaces tensors says ``False`` and costs nothing.
         """
         return True
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether ``convert`` takes ``calibration`` (batches) and ``on_batch`` (for progress)."""
+        return False
 
     def update_for_new_mode(self, model: nn.Module, config: C, metadata: Metadata) -> None:
         """Edit config and metadata in place, just before another mode is added after this one."""

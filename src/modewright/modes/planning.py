@@ -28,12 +28,14 @@ class PlannedStep:
         config: The validated config as JSON data; ``None`` if it does not validate.
         effects: What the mode would do, in lines.
         problem: Why it may not be applied and what would make it right; ``None`` if it may.
+        error: The error that applying it would raise.
     """
 
     mode: str
     config: dict[str, Any] | None = None
     effects: tuple[str, ...] = ()
     problem: str | None = None
+    error: ModewrightError | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,11 @@ class Plan:
     def ok(self) -> bool:
         """Whether the sequence may be applied."""
         return self.problem is None
+
+    def require_ok(self) -> None:
+        """Raise the error that applying the sequence would raise, if there is one."""
+        if self.steps and self.steps[-1].error is not None:
+            raise self.steps[-1].error
 
     def __str__(self) -> str:
         """Return the plan for people, a line or more for each step."""
@@ -124,7 +131,7 @@ def _planned(
         if isinstance(root, nn.Module):
             effects = tuple(descriptor.preview(root, validated))
     except ModewrightError as error:
-        return PlannedStep(mode=name, config=config, problem=str(error)), None
+        return PlannedStep(mode=name, config=config, problem=str(error), error=error), None
     return PlannedStep(mode=name, config=config, effects=effects), descriptor
 
 

@@ -186,6 +186,15 @@ def set_state(model: nn.Module, state: ModeState | None) -> None:
         model.__dict__[STATE_ATTRIBUTE] = state
 
 
+def note_fallback(model: nn.Module, mode: str, reason: str) -> None:
+    """Note on the last record that its mode was taken in the place of one that failed."""
+    state = state_of(model)
+    if state:
+        last = state.records[-1]
+        origin = replace(last.provenance, fallback_for=mode, fallback_reason=reason)
+        set_state(model, state.replacing_last(replace(last, provenance=origin)))
+
+
 def require_state_at_root(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Check that no submodule holds a log.
 

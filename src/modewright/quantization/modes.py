@@ -6,7 +6,7 @@ Imports no torch, so that modes can be listed and explained without waiting for 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from modewright.modes.descriptor import Metadata, ModeDescriptor
 from modewright.modes.traits import Trait
@@ -18,6 +18,8 @@ from modewright.quantization.config import (
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from modewright.calibration.forward import OnBatch
 
 
 class QuantizeMode(ModeDescriptor[QuantizeConfig]):
@@ -32,12 +34,20 @@ class QuantizeMode(ModeDescriptor[QuantizeConfig]):
     writes_in_place = False
 
     def convert(
-        self, model: nn.Module, config: QuantizeConfig, **mode_kwargs: Any
+        self,
+        model: nn.Module,
+        config: QuantizeConfig,
+        *,
+        calibration: object = None,
+        on_batch: OnBatch | None = None,
     ) -> tuple[nn.Module, Metadata]:
-        """Insert quantizers; the metadata holds the scheme of every layer and what was skipped."""
+        """Insert quantizers; the metadata holds the scheme of every layer and what was skipped.
+
+        Calibration data is not needed yet; it is accepted so that one ``mode_kwargs`` fits all.
+        """
         from modewright.quantization import convert
 
-        return convert.quantize(model, config, **mode_kwargs)
+        return convert.quantize(model, config)
 
     def restore(self, model: nn.Module, config: QuantizeConfig, metadata: Metadata) -> nn.Module:
         """Insert the recorded quantizers."""
@@ -60,15 +70,28 @@ class MaxCalibrateMode(ModeDescriptor[MaxCalibrateConfig]):
     config_class = MaxCalibrateConfig
     requires = frozenset({Trait.FAKE_QUANTIZED})
     provides = frozenset({Trait.CALIBRATED})
+    uses_calibration = True
     writes_in_place = False
 
     def convert(
-        self, model: nn.Module, config: MaxCalibrateConfig, **mode_kwargs: Any
+        self,
+        model: nn.Module,
+        config: MaxCalibrateConfig,
+        *,
+        calibration: object = None,
+        on_batch: OnBatch | None = None,
     ) -> tuple[nn.Module, Metadata]:
-        """Calibrate; ``calibration`` holds batches or a function that runs the model."""
+        """Calibrate.
+
+        Args:
+            model: The model with quantizers.
+            config: The config.
+            calibration: Batches, or a function that runs the model; static activations need it.
+            on_batch: Called after each batch with its number and the number of all.
+        """
         from modewright.quantization import convert
 
-        return convert.max_calibrate(model, config, **mode_kwargs)
+        return convert.max_calibrate(model, config, calibration=calibration, on_batch=on_batch)
 
     def restore(
         self, model: nn.Module, config: MaxCalibrateConfig, metadata: Metadata
@@ -91,12 +114,20 @@ class ExportQuantizeMode(ModeDescriptor[ExportQuantizeConfig]):
     writes_in_place = False
 
     def convert(
-        self, model: nn.Module, config: ExportQuantizeConfig, **mode_kwargs: Any
+        self,
+        model: nn.Module,
+        config: ExportQuantizeConfig,
+        *,
+        calibration: object = None,
+        on_batch: OnBatch | None = None,
     ) -> tuple[nn.Module, Metadata]:
-        """Fold; the metadata lists the layers, and those whose activations are plain again."""
+        """Fold; the metadata lists the layers, and those whose activations are plain again.
+
+        Calibration data is not needed; it is accepted so that one ``mode_kwargs`` fits all.
+        """
         from modewright.quantization import convert
 
-        return convert.export_quantize(model, **mode_kwargs)
+        return convert.export_quantize(model)
 
     def restore(
         self, model: nn.Module, config: ExportQuantizeConfig, metadata: Metadata

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe holds: modes in order, data to calibrate and to measure with, and demands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextData(_Part):
+    """Text, cut into windows of tokens."""
+
+    source: str = Field(
+        default="builtin",
+        description="'builtin' (the language reference that Python carries), a .txt, .md or .jsonl "
+        "file, or a folder of these.",
+    )
+    windows: int = Field(default=16, ge=1, description="How many windows.")
+    length: int = Field(default=256, ge=2, description="Tokens in a window.")
+    seed: int = Field(default=0, description="Which windows are chosen.")
+
+
+class RecipeStep(_Part):
+    """One mode, and what to do if it fails."""
+
+    mode: str = Field(description="Name of the mode.")
+    config: dict[str, Any] = Field(default_factory=dict, description="The mode's config.")
+    fallback: tuple[RecipeStep, ...] = Field(
+        default=(), description="Modes to apply instead if this one cannot be applied."
+    )
+
+
+class Checks(_Part):
+    """What the optimized model must satisfy; a run that misses one says so and fails."""
+
+    max_loss_increase: float | None = Field(
+        default=None, description="Nats per token above the original model."
+    )
+    max_kl_divergence: float | None = Field(
+        default=None, description="Mean KL divergence from the original model, in nats."
+    )
+
+
+class Recipe(_Part):
+    """A workflow: modes in order, with data and demands."""
+
+    name: str = Field(description="Name of the recipe.")
+    summary: str = Field(default="", description="One line: what it does, and for whom.")
+    model: str | None = Field(default=None, description="The model, if the recipe is for one.")
+    steps: tuple[RecipeStep, ...] = Field(min_length=1, description="The modes, in order.")
+    calibration: TextData = Field(
+        default=TextData(windows=32), description="Text that modes may look at."
+    )
+    evaluation: TextData = Field(
+        default=TextData(), description="Text to measure quality on; never shared with calibration."
+    )
+    checks: Checks = Field(default=Checks(), description="What the result must satisfy.")
+
+    def modes(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the steps as ``apply_mode`` and ``plan`` take them."""
+        return [(step.mode, step.config) for step in self.steps]

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind while it works, so that a killed one goes on where it stopped.
+
+Beside the output ``DIR`` lies ``DIR.partial`` until the run has finished: ``progress.json``, the
+original model's predictions, the model after the last mode worth keeping, and the result that is
+being written. The output itself appears in one rename. Progress of another run (another model,
+recipe, data or version) is discarded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from modewright.errors import ConfigError
+from modewright.evaluation.language import LanguageQuality
+from modewright.modes.checkpoint import restore, save
+from modewright.modes.registry import ModeRegistry
+from modewright.modes.storage import MANIFEST_NAME, replace_file, replace_text
+from modewright.run.result import StepResult
+
+# A mode that took less than this is done again faster than the model is written and read.
+WORTH_KEEPING_SECONDS = 10.0
+
+
+class Progress:
+    """The progress of one run.
+
+    Args:
+        output: The folder that the run is to make; ``None`` for a run that keeps nothing.
+        fingerprint: Digest of everything that decides what the run does.
+
+    Raises:
+        ConfigError: The output is there and not modewright's to replace.
+    """
+
+    def __init__(self, output: Path | None, fingerprint: str) -> None:
+        self._output = output
+        self._unsaved_seconds = 0.0
+        self.finished_steps = 0
+        self.steps: list[StepResult] = []
+        self._data: dict[str, Any] = {"fingerprint": fingerprint}
+        if output is None:
+            return
+        require_replaceable(output)
+        self._folder = output.with_name(f"{output.name}.partial")
+        known = self._read()
+        if known.get("fingerprint") != fingerprint:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+        else:
+            self._data = known
+            self.finished_steps = known.get("finished_steps", 0)
+            steps = [StepResult(**{**step, "resumed": True}) for step in known.get("steps", ())]
+            self.steps = steps
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier run left something to go on from."""
+        return len(self._data) > 1
+
+    @property
+    def result_folder(self) -> Path:
+        """Where the output is put together."""
+        return self._folder / "result"
+
+    def baseline(self) -> tuple[LanguageQuality, torch.Tensor] | None:
+        """Return what an earlier run measured of the original model."""
+        if self._output is None or "baseline" not in self._data:
+            return None
+        try:
+            reference = load_file(self._folder / "reference.safetensors")["log_probs"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return LanguageQuality(**self._data["baseline"]), reference.clone()
+
+    def keep_baseline(self, quality: LanguageQuality, reference: torch.Tensor) -> None:
+        """Write what was measured of the original model."""
+        if self._output is None:
+            return
+        path = self._folder / "reference.safetensors"
+        replace_file(path, lambda temporary: save_file({"log_probs": reference}, temporary))
+        self._data["baseline"] = asdict(quality)
+        self._write()
+
+    def restored(self, model: nn.Module, registry: ModeRegistry) -> nn.Module:
+        """Return the model as the last kept step left it.
+
+        Raises:
+            CheckpointError: What was kept is damaged.
+        """
+        if not self.finished_steps:
+            return model
+        return restore(model, self._folder / "modes", registry=registry)
+
+    def keep_step(self, model: nn.Module, finished: int, steps: list[StepResult]) -> None:
+        """Write the model after ``finished`` of the recipe's steps, if redoing them takes long."""
+        self._unsaved_seconds += steps[-1].seconds
+        if self._output is None or self._unsaved_seconds < WORTH_KEEPING_SECONDS:
+            return
+        save(model, self._folder / "modes")
+        self._unsaved_seconds = 0.0
+        self._data["finished_steps"] = finished
+        self._data["steps"] = [asdict(step) for step in steps]
+        self._write()
+
+    def publish(self) -> None:
+        """Put the finished result in the place of the output, and drop the rest."""
+        if self._output is None:
+            return
+        old = self._folder / "replaced"
+        if self._output.exists():
+            self._output.rename(old)
+        self.result_folder.rename(self._output)
+        shutil.rmtree(self._folder)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            data = json.loads((self._folder / "progress.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return data if isinstance(data, dict) else {}
+
+    def _write(self) -> None:
+        replace_text(self._folder / "progress.json", json.dumps(self._data, indent=1))
+
+
+def require_replaceable(output: Path) -> None:
+    """Check that an output folder is new, empty, or an earlier output.
+
+    Raises:
+        ConfigError: It holds something else.
+    """
+    if not output.exists() or (output.is_dir() and (output / MANIFEST_NAME).is_file()):
+        return
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    raise ConfigError(
+        f"The output {output} exists and was not written by modewright, so it is not replaced. "
+        "Name another folder, or move that one away."
+    )

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run works on: a model, and what is needed to feed, rebuild and recognise it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modewright.errors import DataError
+from modewright.modes.manifest import tensor_digest
+from modewright.modes.model_like import ModelLike, as_model, unwrap
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model of a run.
+
+    Attributes:
+        model: The model.
+        source: How it was named, or its class.
+        tokenizer: Its tokenizer, if it was loaded from files.
+        skeleton: The unmodified model without weights (on the meta device), to restore onto; only
+            for a model that was passed as an object.
+        revision: A digest that changes when the model does.
+    """
+
+    model: nn.Module
+    source: str
+    tokenizer: Any
+    skeleton: nn.Module | None
+    revision: str
+
+    @property
+    def from_files(self) -> bool:
+        """Whether another process can build the model again from what is saved."""
+        return self.skeleton is None
+
+    def encode(self) -> Callable[[str], list[int]]:
+        """Return the function from text to token ids.
+
+        Raises:
+            DataError: There is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise DataError(
+                "Text can be used only with a tokenizer, and a model passed as an object brings "
+                "none: pass calibration and evaluation as batches of token ids, or the model as a "
+                "path."
+            )
+        from modewright.integrations.transformers import encode
+
+        return encode(self.tokenizer)
+
+
+def open_subject(model: object, *, keep_skeleton: bool) -> Subject:
+    """Load a model from a path or name, or take one that is there.
+
+    Args:
+        model: A path, ``demo:...``, a module or a model-like.
+        keep_skeleton: Whether the model, if passed as an object, must be restorable later.
+
+    Raises:
+        DataError: The path or name leads to no model.
+        ConfigError: It is something else.
+    """
+    if isinstance(model, (str, Path)):
+        from modewright.integrations.transformers import load_language_model
+
+        loaded = load_language_model(model)
+        return Subject(loaded.model, loaded.source, loaded.tokenizer, None, loaded.revision)
+    root = as_model(model)
+    built = root.build() if isinstance(root, ModelLike) else unwrap(root)[0]
+    revision = _revision(built) if keep_skeleton else ""
+    skeleton = _skeleton(built) if keep_skeleton else nn.Module()
+    return Subject(built, type(built).__name__, None, skeleton, revision)
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """Return a copy whose parameters and persistent buffers take no memory."""
+    stored = set(model.state_dict())
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in memo and name in stored:
+            empty = torch.empty_like(parameter, device="meta")
+            memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in stored:
+            memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _revision(model: nn.Module) -> str:
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name}:{tensor_digest(tensor.cpu())};".encode())
+    return digest.hexdigest()
