@@ -12,16 +12,12 @@ by the content of the GGUF file; ``MODEWRIGHT_CACHE`` moves the cache.
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
 import importlib.util
 import io
-import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +26,19 @@ import torch
 from torch import nn
 
 from modewright.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from modewright.integrations import decoded_cache
+from modewright.integrations.model_folder import (
+    checked_config,
+    checked_files,
+    digest_of,
+    sha256_of,
+    transformers_package,
+)
 
 ALIGNMENT = 64  # bytes; what torch's own CPU allocator guarantees
 _DEMO = "demo:smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_ASSETS = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # what is read besides weights
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
-_MANIFEST = "decoded.json"
-_LAYOUT = 1  # of a cache entry; entries of another layout are rebuilt
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def load_language_model(source: str | Path, *, dtype: torch.dtype = torch.float3
         raise ConfigError(f"dtype: expected a floating-point type, got {dtype}.")
     path = _locate(source)
     if path.is_dir():
-        files = _checked_files(path)
-        digest = _digest(files)
+        files = checked_files(path)
+        digest = digest_of(files)
         model, tokenizer = _load_folder(path, dtype)
     else:
         files = [path]
-        digest = _sha256(path)
+        digest = sha256_of(path)
         model, tokenizer = _load_gguf(path, digest, dtype)
     size = sum(file.stat().st_size for file in files)
     return LoadedModel(model, tokenizer, str(source), f"sha256:{digest}", size)
@@ -160,8 +160,8 @@ def build_from_config(folder: str | Path) -> nn.Module:
             model from.
     """
     folder = Path(folder)
-    _checked_config(folder)
-    hf = _transformers()
+    checked_config(folder)
+    hf = transformers_package()
     with _reading(f"The config in {str(folder)!r}", DataError):
         config = hf.AutoConfig.from_pretrained(folder, **_LOCAL)
         dtype = getattr(config, "dtype", None) or torch.float32
@@ -174,6 +174,17 @@ def build_from_config(folder: str | Path) -> nn.Module:
         if (folder / "generation_config.json").is_file():
             model.generation_config = hf.GenerationConfig.from_pretrained(folder)
     return _module(model)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a folder.
+
+    Raises:
+        DataError: The folder has none that can be read.
+    """
+    hf = transformers_package()
+    with _reading(f"The tokenizer in {str(folder)!r}", DataError):
+        return hf.AutoTokenizer.from_pretrained(folder, **_LOCAL)
 
 
 def encode(tokenizer: Any) -> Callable[[str], list[int]]:
@@ -211,20 +222,10 @@ def _locate(source: str | Path) -> Path:
     )
 
 
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise DataError(
-            "Language models need the package transformers, which is not installed. Run: "
-            "pip install 'modewright[hf]'"
-        ) from error
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from printing, and the random generator of torch where it was."""
-    hf = _transformers()
+    hf = transformers_package()
     logging = importlib.import_module("transformers.utils.logging")
     before = logging.get_verbosity()
     # Imported before stderr is redirected, so that no log handler is bound to the replacement.
@@ -256,83 +257,14 @@ def _reading(what: str, kind: type[DataError] | type[CheckpointError]) -> Iterat
         raise kind(f"{what} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _checked_config(folder: Path) -> dict[str, Any]:
-    """Return a folder's config.json if transformers can build its model without foreign code."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{str(folder)!r} has no config.json: expected a folder as save_pretrained writes it."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{str(path)!r} is not readable JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{str(path)!r}: expected an object, got {type(config).__name__}.")
-    kind = config.get("model_type")
-    if kind not in _transformers().CONFIG_MAPPING:
-        why = (
-            "needs code that comes with the model (auto_map), which is never run"
-            if "auto_map" in config
-            else "is not one that this version of transformers knows"
-        )
-        raise DataError(f"The architecture {kind!r} in {str(path)!r} {why}.")
-    return config
-
-
-def _checked_files(folder: Path) -> list[Path]:
-    """Return the files that loading a folder reads, or say why it cannot be loaded."""
-    config = _checked_config(folder)
-    if config.get("quantization_config") is not None:
-        raise DataError(
-            f"The weights in {str(folder)!r} are already quantized (quantization_config in its "
-            "config.json). Expected the original floating-point weights."
-        )
-    if (folder / "adapter_config.json").exists():
-        raise DataError(
-            f"{str(folder)!r} holds an adapter, not a whole model. Merge it into its base model "
-            "(merge_and_unload() of peft) and save that."
-        )
-    assets = [p for p in folder.iterdir() if p.suffix in _ASSETS and p.is_file()]
-    return sorted([*assets, *_weight_files(folder)])
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{str(index)!r} is damaged: {error!r}.") from error
-        missing = sorted(name for name in names if not (folder / name).is_file())
-        if missing:
-            raise CheckpointError(
-                f"{str(folder)!r} is incomplete: {index.name} names {missing}, which are missing."
-            )
-        return [folder / name for name in names]
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise DataError(
-            f"{str(folder)!r} has weights only as {pickles}. These are pickle files, and reading "
-            "one can run any code, so only safetensors are read. If you trust the origin, convert: "
-            "load the model with AutoModelForCausalLM.from_pretrained(folder) of transformers and "
-            "save it with save_pretrained(new_folder)."
-        )
-    raise DataError(f"{str(folder)!r} has no model.safetensors (nor an index of several).")
-
-
 def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """Load model and tokenizer from a folder whose files were checked."""
-    hf = _transformers()
+    hf = transformers_package()
     with _reading(f"The model in {str(folder)!r}", CheckpointError):
         model, info = hf.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
         )
-    with _reading(f"The tokenizer in {str(folder)!r}", DataError):
-        tokenizer = hf.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    tokenizer = load_tokenizer(folder)
     if info["missing_keys"]:
         # transformers would have filled these with random numbers.
         names = sorted(info["missing_keys"])
@@ -353,42 +285,20 @@ def _module(model: Any) -> nn.Module:
 
 def _load_gguf(path: Path, digest: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """Load the decoded copy of a GGUF file, making it first where there is no sound one."""
-    entry = _cache_root() / "models" / digest[:16]
-    if _is_whole(entry, digest):
+    entry = decoded_cache.entry_for(digest)
+    if decoded_cache.is_whole(entry, digest):
         try:
             return _load_folder(entry, dtype)
         except (CheckpointError, DataError):
             # Damaged in a way that names and sizes do not show: no longer whole.
-            (entry / _MANIFEST).unlink(missing_ok=True)
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=entry.parent) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            _decode(path, new)
-            files = {file.name: _facts(file) for file in new.iterdir()}
-            manifest = {"layout": _LAYOUT, "gguf_sha256": digest, "files": files}
-            (new / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            _publish(new, entry, digest)
-    except OSError as error:
-        raise DataError(
-            f"Cannot keep the decoded copy of {str(path)!r} in {str(entry.parent)!r}: {error}. "
-            "Free some space there, or name another folder in MODEWRIGHT_CACHE."
-        ) from error
+            decoded_cache.discard(entry)
+    decoded_cache.fill(entry, digest, lambda folder: _decode(path, folder), what=str(path))
     return _load_folder(entry, dtype)
-
-
-def _cache_root() -> Path:
-    named = os.environ.get("MODEWRIGHT_CACHE")
-    if named:
-        return Path(named).expanduser()
-    platformdirs = importlib.import_module("platformdirs")
-    return Path(platformdirs.user_cache_path("modewright"))
 
 
 def _decode(path: Path, folder: Path) -> None:
     """Write the model in a GGUF file as a folder with float32 safetensors weights."""
-    hf = _transformers()
+    hf = transformers_package()
     options: dict[str, Any] = {"gguf_file": path.name, **_LOCAL}
     plain: dict[str, Any] = {}
     if hasattr(hf, "GgufConfig"):  # else decoding is all that this version can do
@@ -400,40 +310,6 @@ def _decode(path: Path, folder: Path) -> None:
         )
         model.save_pretrained(folder)
     save_assets(model, tokenizer, folder)
-
-
-def _facts(file: Path) -> dict[str, Any]:
-    """Return what a cache entry must still have: the size, and the hash where that is quick."""
-    size = file.stat().st_size
-    return {"bytes": size, "sha256": _sha256(file) if file.suffix != ".safetensors" else None}
-
-
-def _is_whole(entry: Path, digest: str) -> bool:
-    """Tell whether a cache entry was made from this GGUF file and has all of its files."""
-    try:
-        manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
-        made_for = (manifest["layout"], manifest["gguf_sha256"])
-        files = dict(manifest["files"])
-        return made_for == (_LAYOUT, digest) and all(
-            _facts(entry / name) == facts for name, facts in files.items()
-        )
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-
-
-def _publish(new: Path, entry: Path, digest: str) -> None:
-    """Rename a finished folder to its place, unless another process already put one there."""
-    for attempt in range(5):
-        try:
-            new.rename(entry)
-            return
-        except OSError:
-            if _is_whole(entry, digest):
-                return
-            if attempt == 4:
-                raise
-        with suppress(FileNotFoundError):  # another process may have moved it
-            entry.rename(new.with_name(f"damaged-{attempt}"))  # removed with the temporary folder
 
 
 @contextmanager
@@ -466,19 +342,3 @@ def _main_dtype(model: nn.Module) -> torch.dtype:
         if tensor.is_floating_point():
             count[tensor.dtype] += tensor.numel()
     return max(count, key=lambda dtype: count[dtype]) if count else torch.float32
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _digest(files: list[Path]) -> str:
-    """Return a hash over the names, sizes and contents of files."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\0{_sha256(file)}\n".encode())
-    return digest.hexdigest()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -65,6 +65,15 @@ class Plan:
     def ok(self) -> bool:
         """Whether the sequence may be applied."""
         return self.problem is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON data."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["steps"] = [
+            {f.name: getattr(step, f.name) for f in fields(step) if f.name != "error"}
+            for step in self.steps
+        ]
+        return {**data, "ok": self.ok, "problem": self.problem}
 
     def require_ok(self) -> None:
         """Raise the error that applying the sequence would raise, if there is one."""

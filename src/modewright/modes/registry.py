@@ -123,10 +123,12 @@ class ModeRegistry(Mapping[str, AnyMode]):
         """Return who brought the mode: the dotted path of its class, or a package."""
         return self._find(name).owner
 
-    def summary(self, name: str) -> str:
-        """Return one line on the mode, without importing it where the table has that line."""
+    def listed_summary(self, name: str) -> str | None:
+        """Return one line on the mode; ``None`` if a plug-in would have to be imported for it."""
         row = self._find(name)
-        return row.summary if row.summary is not None else self[name].summary
+        if row.summary is not None or row.is_plugin:
+            return row.summary
+        return self[name].summary
 
     def view(self, technique: str) -> dict[str, AnyMode]:
         """Return the modes of one technique ("quantization", "pruning" ...), by name."""

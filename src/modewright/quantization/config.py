@@ -3,52 +3,39 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from modewright.modes.config import ModeConfig
+from modewright.quantization.representation import (
+    GranularityName,
+    QuantizerConfig,
+    SchemeConfig,
+    Settings,
+)
+from modewright.quantization.schemes import NO_SCHEME, SCHEMES, scheme
 
-GranularityName = Literal["tensor", "channel", "group", "token"]
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class QuantizerConfig(_Settings):
-    """How one tensor is represented."""
-
-    num_bits: int = Field(default=8, ge=2, le=8, description="Width of a code: 2 to 8.")
-    symmetric: bool = Field(
-        default=True,
-        description="Signed codes around zero; otherwise unsigned ones and a zero point.",
-    )
-    granularity: GranularityName = Field(
-        default="tensor",
-        description="What shares a scale: the tensor, an output channel, a group of inputs of one "
-        "channel, or one token (the last axis).",
-    )
-    group_size: int | None = Field(
-        default=None, ge=1, description="Values that share a scale; only with granularity 'group'."
-    )
-    dynamic: bool = Field(
-        default=False, description="Take the scale from each tensor as it comes; no calibration."
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> QuantizerConfig:
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise ValueError(
-                f"granularity 'group' and group_size go together: got {self.granularity!r} and "
-                f"{self.group_size!r}"
-            )
-        if self.granularity == "token" and not self.dynamic:
-            raise ValueError("granularity 'token' needs dynamic=True: tokens are not known before")
-        return self
+__all__ = [
+    "ExportQuantizeConfig",
+    "MaxCalibrateConfig",
+    "QuantizeConfig",
+    "QuantizerConfig",
+    "QuantizerOverride",
+    "Rule",
+    "SchemeConfig",
+]
 
 
-class QuantizerOverride(_Settings):
+def _known_scheme(name: str) -> str:
+    scheme(name)
+    return name
+
+
+SchemeName = Annotated[str, AfterValidator(_known_scheme)]
+
+
+class QuantizerOverride(Settings):
     """Fields of a quantizer that a rule changes; those left out stay as the scheme says."""
 
     enable: bool | None = Field(default=None, description="Switch the quantizer on or off.")
@@ -72,22 +59,14 @@ class QuantizerOverride(_Settings):
         return QuantizerConfig(**{**fields, **changes})
 
 
-class SchemeConfig(_Settings):
-    """How the tensors of one layer are represented; ``None`` leaves one as it is."""
-
-    weights: QuantizerConfig | None = None
-    input_activations: QuantizerConfig | None = None
-    output_activations: QuantizerConfig | None = None
-
-
-class Rule(_Settings):
+class Rule(Settings):
     """What is different for some modules; later rules win."""
 
     targets: tuple[str, ...] = Field(
         min_length=1, description="Patterns of module paths or class names that the rule is for."
     )
     ignore: tuple[str, ...] = Field(default=(), description="Patterns of exceptions from targets.")
-    scheme: str | None = Field(
+    scheme: SchemeName | None = Field(
         default=None, description="Another scheme; 'none' for no quantization."
     )
     weights: QuantizerOverride | None = Field(default=None, description="Changes to the weights.")
@@ -102,7 +81,11 @@ class Rule(_Settings):
 class QuantizeConfig(ModeConfig):
     """Config of mode ``quantize``."""
 
-    scheme: str = Field(default="w8a8", description="Name of the scheme for all targets.")
+    scheme: SchemeName = Field(
+        default="w8a8",
+        description=f"The scheme for all targets: {', '.join(SCHEMES)}, or {NO_SCHEME} to begin "
+        "with nothing and let rules pick.",
+    )
     targets: tuple[str, ...] | None = Field(
         default=None,
         description="Patterns of the modules to quantize; all linear and convolution layers if "

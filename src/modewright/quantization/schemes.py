@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from modewright.errors import ConfigError, did_you_mean
-from modewright.quantization.config import QuantizerConfig, SchemeConfig
+from modewright.quantization.representation import QuantizerConfig, SchemeConfig
 
 _CHANNEL_INT8 = QuantizerConfig(num_bits=8, granularity="channel")
 _GROUP_INT4 = QuantizerConfig(num_bits=4, granularity="group", group_size=64)

@@ -87,7 +87,7 @@ def optimize(
     if target is not None:
         require_replaceable(target)
     with run.timed("load"):
-        subject = open_subject(model, keep_skeleton=True)
+        subject = open_subject(model, keep_skeleton=True, registry=run.registry)
     run.plan(subject).require_ok()
     data = run.load_data(subject, calibration, evaluation)
     progress = Progress(target, run.fingerprint(subject, data))
@@ -124,6 +124,20 @@ def optimize(
             replace_text(folder / "result.json", dumps(_finite(result.to_dict())))
             progress.publish()
     return result
+
+
+def dry_run(
+    model: object,
+    recipe: RecipeLike,
+    *,
+    registry: ModeRegistry | None = None,
+    on_progress: OnProgress | None = None,
+) -> Plan:
+    """Say what :func:`optimize` would do to a model, or why it may not; change nothing."""
+    run = _Run(load_recipe(recipe), registry or default_registry, on_progress or _silent)
+    with run.timed("load"):
+        subject = open_subject(model, keep_skeleton=False, registry=run.registry)
+    return plan(subject.model, run.recipe.modes(), registry=run.registry)
 
 
 @dataclass(frozen=True)

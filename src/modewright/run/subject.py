@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 from modewright.errors import DataError
+from modewright.modes.checkpoint import restore
 from modewright.modes.manifest import tensor_digest
 from modewright.modes.model_like import ModelLike, as_model, unwrap
+from modewright.modes.registry import ModeRegistry
+from modewright.modes.storage import MANIFEST_NAME
 
 
 @dataclass(frozen=True)
@@ -59,27 +62,38 @@ class Subject:
         return encode(self.tokenizer)
 
 
-def open_subject(model: object, *, keep_skeleton: bool) -> Subject:
+def open_subject(model: object, *, keep_skeleton: bool, registry: ModeRegistry) -> Subject:
     """Load a model from a path or name, or take one that is there.
 
     Args:
         model: A path, ``demo:...``, a module or a model-like.
         keep_skeleton: Whether the model, if passed as an object, must be restorable later.
+        registry: Where the modes of a model that was optimized before are looked up.
 
     Raises:
         DataError: The path or name leads to no model.
         ConfigError: It is something else.
     """
     if isinstance(model, (str, Path)):
-        from modewright.integrations.transformers import load_language_model
-
-        loaded = load_language_model(model)
-        return Subject(loaded.model, loaded.source, loaded.tokenizer, None, loaded.revision)
+        return _open_files(model, registry)
     root = as_model(model)
     built = root.build() if isinstance(root, ModelLike) else unwrap(root)[0]
     revision = _revision(built) if keep_skeleton else ""
     skeleton = _skeleton(built) if keep_skeleton else nn.Module()
     return Subject(built, type(built).__name__, None, skeleton, revision)
+
+
+def _open_files(source: str | Path, registry: ModeRegistry) -> Subject:
+    """Load a model that another program saved, or restore one that an earlier run wrote."""
+    from modewright.integrations import transformers as hf
+
+    folder = Path(source)
+    if not (folder / MANIFEST_NAME).is_file():
+        loaded = hf.load_language_model(source)
+        return Subject(loaded.model, loaded.source, loaded.tokenizer, None, loaded.revision)
+    model = restore(hf.build_from_config(folder), folder, registry=registry).eval()
+    revision = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    return Subject(model, str(source), hf.load_tokenizer(folder), None, revision)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders results for people and programs; computes nothing."""
