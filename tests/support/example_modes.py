@@ -318,7 +318,7 @@ class ScriptedMode(ModeDescriptor[NoConfig]):
         return model
 
 
-def make_mode(name: str, **members: Any) -> ModeDescriptor[Any]:
+def make_mode(name: Any, /, **members: Any) -> ModeDescriptor[Any]:
     """A mode that changes nothing, with the members that are given."""
     defaults = {
         "name": name,

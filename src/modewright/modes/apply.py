@@ -8,7 +8,7 @@ the model is put back as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +20,7 @@ from torch import nn
 from modewright.errors import ApplyModeError, ConfigError, IncompatibleModeError
 from modewright.modes.codec import copy_data
 from modewright.modes.config import ModeConfig
+from modewright.modes.descriptor import ModeDescriptor
 from modewright.modes.model_like import ModelLike, all_modules, as_model, rewrapped, unwrap
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.sequence import Position, check_sequence
@@ -56,7 +57,7 @@ def apply_mode(
     state = _initial_state(root, modules, init_state)
     position = Position.after_all(record.descriptor for record in state)
     check_sequence(position, [step.mode for step in steps], registry)
-    _check_model_like(root, steps)
+    _check_model_like(root, [step.mode for step in steps])
     if steps and isinstance(root, nn.Module):
         steps[0].mode.preview(root, steps[0].config)  # finds patterns that match nothing
     if not steps:
@@ -83,7 +84,9 @@ def restore_records(
         )
     modules = all_modules(root) if isinstance(root, nn.Module) else []
     _initial_state(root, modules, init_state=True)
-    check_sequence(Position(), [record.descriptor for record in state])
+    modes = [record.descriptor for record in state]
+    check_sequence(Position(), modes)
+    _check_model_like(root, modes)
     return _Run(root, modules, ModeState(), len(state), atomic).restore(state)
 
 
@@ -108,13 +111,15 @@ class _Run:
             return self._finished()
 
     def restore(self, state: ModeState) -> nn.Module:
-        with self._undo(values=False, verb="restored") as undo:
+        values = any(record.descriptor.writes_in_place for record in state)
+        with self._undo(values, verb="restored") as undo:
             for index, record in enumerate(state):
                 undo.at(record.name, index)
                 self._prepare(record.descriptor.require_model_like)
-                restored = record.descriptor.restore(
-                    self._input, record.config_object(), copy_data(record.metadata)
-                )
+                with _seeded(torch.initial_seed()):  # a new module draws weights to be replaced
+                    restored = record.descriptor.restore(
+                        self._input, record.config_object(), copy_data(record.metadata)
+                    )
                 self._take(restored, "restore")
                 self.state = self.state.adding(record)
             return self._finished()
@@ -168,7 +173,8 @@ class _Run:
         self._prepare(wants_model_like=False)
         if not isinstance(self.root, nn.Module):
             raise ApplyModeError("the model could not be built.")
-        set_state(self.root, self.state)
+        require_state_at_root(self.root, all_modules(self.root))
+        set_state(self.root, self.state if len(self.state) else None)
         return self.root
 
     def _undo(self, values: bool, verb: str = "applied") -> _Undo:
@@ -251,11 +257,11 @@ def _initial_state(
     return state or ModeState()
 
 
-def _check_model_like(root: nn.Module | ModelLike, steps: list[Step]) -> None:
-    for index, step in enumerate(steps):
-        if step.mode.require_model_like and (index > 0 or isinstance(root, nn.Module)):
+def _check_model_like(root: nn.Module | ModelLike, modes: Sequence[ModeDescriptor[Any]]) -> None:
+    for index, mode in enumerate(modes):
+        if mode.require_model_like and (index > 0 or isinstance(root, nn.Module)):
             raise IncompatibleModeError(
-                f"Mode {step.mode.name!r} must be the first one and needs the recipe of the model "
+                f"Mode {mode.name!r} must be the first one and needs the recipe of the model "
                 "instead of a built one: pass (class, args, kwargs)."
             )
 

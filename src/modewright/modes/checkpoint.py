@@ -29,6 +29,8 @@ from modewright.modes.state import ModeState, parse_state, require_state_at_root
 from modewright.modes.storage import Tensors, read_manifest, read_tensors, write_checkpoint
 from modewright.modes.traits import NEEDS_RESTORE
 
+_NOT_STORABLE = (torch.complex32, torch.complex128)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
@@ -96,11 +98,15 @@ def restore(
     state = parse_state(data, registry, where=str(where))
     weights = {n: t for n, t in tensors.items() if not n.startswith(METADATA_PREFIX)}
     modules = all_modules(root) if isinstance(root, nn.Module) else []
-    with Snapshot(modules, enabled=bool(modules)):
+    values = any(record.descriptor.writes_in_place for record in state)
+    with Snapshot(modules, values=values, enabled=bool(modules)):
         try:
             restored = restore_records(root, state, atomic=False)
         except ApplyModeError as error:
-            raise CheckpointError(f"{where} does not fit this model: {error}") from error
+            raise CheckpointError(
+                f"{where} does not fit this model, which is as it was: mode {error.mode!r} could "
+                f"not be restored: {type(error.cause).__name__}: {error.cause}"
+            ) from error
         load_weights(restored, weights, manifest.aliases, where=str(where))
     return rewrapped(holder, restored)
 
@@ -164,7 +170,8 @@ def load_weights(
 ) -> None:
     """Put tensors in the place of a model's own, by the names of its state dict.
 
-    The model's parameters and buffers are replaced, not written into; tied ones stay tied.
+    The model's parameters and buffers are replaced, not written into; tied ones stay tied if they
+    are stored as one.
 
     Args:
         model: The model, of the right architecture.
@@ -187,8 +194,11 @@ def load_weights(
     except RuntimeError as error:
         raise CheckpointError(f"{where} does not fit this model: {error}") from error
     for (owner, member), *others in ties:
+        shared = owner._parameters[member]
         for module, name in others:
-            module._parameters[name] = owner._parameters[member]
+            own = module._parameters[name]
+            if own is not None and shared is not None and own.data_ptr() == shared.data_ptr():
+                module._parameters[name] = shared  # they come from one stored tensor
 
 
 def _describe(
@@ -235,7 +245,12 @@ def _savable(name: str, value: object) -> torch.Tensor:
         raise CheckpointError(
             f"{name!r} is a {value.layout} tensor of {value.dtype}; only dense ones can be saved."
         )
-    return value.detach()
+    if value.dtype in _NOT_STORABLE:
+        raise CheckpointError(
+            f"{name!r} is of {value.dtype}, which safetensors cannot hold. Keep its real and "
+            "imaginary parts as two buffers."
+        )
+    return value.detach().resolve_conj().resolve_neg()
 
 
 def _checked_tensors(where: Path, manifest: Manifest) -> Tensors:
@@ -263,7 +278,9 @@ def _check_fit(
     problems += [f"  {n}: not in the model" for n in sorted(names) if n not in expected]
     for name in names & set(expected):
         theirs, own = weights[aliases.get(name, name)], expected[name]
-        if theirs.shape != own.shape or theirs.dtype != own.dtype:
+        if not isinstance(own, torch.Tensor):
+            problems.append(f"  {name}: a {type(own).__name__} in the model, which is not restored")
+        elif theirs.shape != own.shape or theirs.dtype != own.dtype:
             problems.append(
                 f"  {name}: {theirs.dtype} {tuple(theirs.shape)} in the checkpoint, "
                 f"{own.dtype} {tuple(own.shape)} in the model"

@@ -17,6 +17,7 @@ import torch
 
 TENSOR_KEY = "$tensor"
 MAX_DEPTH = 64
+_MAX_FILE_DEPTH = MAX_DEPTH + 16  # recorded data and what is written around it
 
 
 def canonical(value: Any, where: str, *, error: type[Exception], _depth: int = 0) -> Any:
@@ -111,6 +112,18 @@ def join_tensors(
     return value
 
 
+def _deeper_than(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        if not level:
+            return False
+        nested = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))
+        ]
+        level = [item for items in nested for item in items]
+    return bool(level)
+
+
 def dumps(value: Any) -> str:
     """Return canonical JSON text: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -120,11 +133,17 @@ def loads(text: str | bytes, where: str, *, error: type[Exception]) -> Any:
     """Parse JSON strictly.
 
     Raises:
-        error: It is no JSON, nested too deep, or holds NaN, Infinity or a key twice.
+        error: It is no JSON, nested too deep, or holds NaN, an infinite number or a key twice.
     """
 
     def refuse_constant(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
+
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if not math.isfinite(number):
+            raise ValueError(f"{digits} is too large a number")
+        return number
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -133,6 +152,14 @@ def loads(text: str | bytes, where: str, *, error: type[Exception]) -> Any:
         return result
 
     try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
+        value = json.loads(
+            text,
+            parse_constant=refuse_constant,
+            parse_float=finite,
+            object_pairs_hook=unique,
+        )
+        if _deeper_than(value, _MAX_FILE_DEPTH):
+            raise ValueError(f"it is nested more than {_MAX_FILE_DEPTH} levels deep")
+        return value
     except (ValueError, RecursionError) as problem:
         raise error(f"{where} is not valid JSON: {problem}.") from problem

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from modewright.errors import ModewrightError
 from modewright.modes.apply import apply_mode
 from modewright.modes.checkpoint import restore, restore_from_mode_state, save
 from modewright.modes.codec import dumps, split_tensors
@@ -67,10 +68,14 @@ def check_mode(
     changed = [n for n, m in model.named_modules() if n in flags and flags[n] != m.training]
     if changed:
         problems.append(f"convert changed the train flag of {changed[:3]}")
-    problems += _recording_problems(model, mode, registry)
+    problems += _recording_problems(model, mode)
     if _bits(run(converted())) != _bits(run(model)):
         problems.append("two conversions of the same model give different outputs")
-    problems += _restore_problems(model, structure, make_model, run, registry)
+    if registry[mode].save_mode_in_state:
+        try:
+            problems += _restore_problems(model, structure, make_model, run, registry)
+        except ModewrightError as error:
+            problems.append(f"it cannot be saved and restored: {error}")
     return problems
 
 
@@ -84,12 +89,10 @@ def _config_problems(config_class: type[ModeConfig]) -> list[str]:
     return problems
 
 
-def _recording_problems(model: nn.Module, mode: str, registry: ModeRegistry) -> list[str]:
+def _recording_problems(model: nn.Module, mode: str) -> list[str]:
     state = state_of(model)
     if state is None or state.records[-1].name != mode:
         return ["the mode was not recorded"]
-    if not registry[mode].save_mode_in_state:
-        return []
     first, second = (_text(state.for_saving(model)) for _ in range(2))
     if first != second:
         return ["reading the state twice gives two different states"]

@@ -48,7 +48,7 @@ def as_model(value: object) -> nn.Module | ModelLike:
     if isinstance(value, (nn.Module, ModelLike)):
         return value
     parts = value if isinstance(value, tuple) else (value,)
-    if 1 <= len(parts) <= 3 and callable(parts[0]):
+    if 1 <= len(parts) <= 3 and callable(parts[0]) and not isinstance(parts[0], nn.Module):
         args = parts[1] if len(parts) > 1 else ()
         kwargs = parts[2] if len(parts) > 2 else {}
         if isinstance(args, (tuple, list)) and isinstance(kwargs, dict):

@@ -10,6 +10,7 @@ a rule about a mode that does not exist would never fire.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
@@ -66,7 +67,7 @@ class ModeRegistry(Mapping[str, AnyMode]):
     ) -> None:
         self._rows: dict[str, _Row] = {}
         self._clashes: dict[str, str] = {}
-        self._pending_group = entry_point_group
+        self._pending_group: str | None = None
         self._checked = False
         if isinstance(modes, Mapping):
             for name, row in modes.items():
@@ -75,6 +76,7 @@ class ModeRegistry(Mapping[str, AnyMode]):
         else:
             for mode in modes:
                 self.register(mode)
+        self._pending_group = entry_point_group  # own modes come before those of plug-ins
 
     def register(self, mode: T) -> T:
         """Add a mode (a descriptor or its class) and return it: also a class decorator.
@@ -131,8 +133,15 @@ class ModeRegistry(Mapping[str, AnyMode]):
         return self[name].summary
 
     def view(self, technique: str) -> dict[str, AnyMode]:
-        """Return the modes of one technique ("quantization", "pruning" ...), by name."""
-        return {n: m for n, m in self.items() if m.technique == technique}
+        """Return the modes of one technique ("quantization", "pruning" ...), by name.
+
+        A plug-in that cannot be loaded is in no view; it is an error where it is asked for.
+        """
+        modes = {}
+        for name in self:
+            with contextlib.suppress(ConfigError, UnknownModeError):
+                modes[name] = self[name]
+        return {n: m for n, m in modes.items() if m.technique == technique}
 
     def loaded(self) -> list[AnyMode]:
         """Return the modes that can be had without importing a plug-in."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,7 +23,7 @@ from modewright._version import __version__
 from modewright.errors import CheckpointError, ConfigError, SearchError, did_you_mean
 from modewright.modes.codec import canonical, copy_data, dumps, join_tensors, loads, split_tensors
 from modewright.modes.model_like import all_modules
-from modewright.modes.storage import replace_file
+from modewright.modes.storage import READ_ERRORS, replace_file
 
 HEADER_KEY = "modewright.search"
 
@@ -163,14 +163,15 @@ class BaseSearcher(ABC):
         """Return what must be the same for a search to go on: searcher, constraints, parameters."""
         shapes = [[n, str(p.dtype), list(p.shape)] for n, p in self.model.named_parameters()]
         name = f"{type(self).__module__}.{type(self).__qualname__}"
-        return _digest({"searcher": name, "constraints": self.constraints, "parameters": shapes})
+        constraints = canonical(self.constraints, "constraints", error=ConfigError)
+        return _digest({"searcher": name, "constraints": constraints, "parameters": shapes})
 
     def _load(self, path: Path) -> None:
         try:
             with safe_open(str(path), framework="pt", device="cpu") as reader:
                 text = (reader.metadata() or {}).get(HEADER_KEY)
                 tensors = {name: reader.get_tensor(name).clone() for name in reader.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
+        except READ_ERRORS as error:
             raise CheckpointError(
                 f"The search checkpoint {path} cannot be read: {error}"
             ) from error
@@ -187,11 +188,11 @@ class BaseSearcher(ABC):
                 f"The search checkpoint {path} belongs to another search: the searcher, the "
                 "constraints or the model differ. Name another file, or delete this one."
             )
-        state = join_tensors(body["state"], tensors, str(path), error=CheckpointError)
+        state = join_tensors(body.get("state"), tensors, str(path), error=CheckpointError)
         expected = {"best", *self.default_state_dict}
-        if set(state) != expected:
+        if not isinstance(state, dict) or set(state) != expected:
             raise CheckpointError(
-                f"The search checkpoint {path} holds {sorted(state)}; {sorted(expected)} was "
+                f"The search checkpoint {path} holds {list(state or ())}; {sorted(expected)} was "
                 "expected. It is of another version: delete it to start anew."
             )
         for name, value in state.items():

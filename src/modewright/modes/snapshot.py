@@ -4,7 +4,8 @@
 A mode that replaces tensors, classes, children and hooks is undone by putting references back,
 which costs no copy of any weight. What is remembered, for every module: its class, its attributes,
 and the contents of those attributes that are dicts, lists or sets (parameters, buffers, children,
-hooks are such dicts); for every tensor: the storage it points to, ``requires_grad`` and ``grad``.
+hooks are such dicts); for every tensor, gradients among them: the storage it points to,
+``requires_grad`` and ``grad``.
 For a mode that may write *into* tensors (``writes_in_place``), their values are copied too.
 
 Objects that hang on attributes (a Hugging Face ``config``, say) are remembered as references: edits
@@ -62,10 +63,12 @@ class Snapshot:
         ]
         self._contents = [container.copy() for container in self._filled]
         self._tensors = _plain_tensors(self._dicts)
+        self._tensors += [g for g in map(_grad, self._tensors) if g.__class__ is torch.Tensor]
         self._data = [tensor.data for tensor in self._tensors]
+        self._leaves = list(map(attrgetter("is_leaf"), self._tensors))
         self._requires_grad = list(map(attrgetter("requires_grad"), self._tensors))
-        self._grads = [t.grad if t.is_leaf else None for t in self._tensors]
-        self._versions = list(map(attrgetter("_version"), self._tensors))
+        self._grads = list(map(_grad, self._tensors))
+        self._versions = list(map(_version, self._tensors))
         self._values = torch._foreach_clone(self._data) if values and self._data else None
 
     def __enter__(self) -> Snapshot:
@@ -101,11 +104,14 @@ class Snapshot:
             data = self._data[index]
             tensor.data = data
             if self._values is not None:
-                data.copy_(self._values[index])
+                _distinct(data).copy_(_distinct(self._values[index], like=data))
+            if self._leaves[index] and not tensor.is_leaf:
+                tensor.detach_()  # an operation with gradients was written into it
             if tensor.requires_grad is not self._requires_grad[index]:
                 tensor.requires_grad_(self._requires_grad[index])
-            if tensor.is_leaf and tensor.grad is not self._grads[index]:
-                tensor.grad = self._grads[index]
+        for tensor, grad in zip(self._tensors, self._grads, strict=True):
+            if _grad(tensor) is not grad:  # only now has every gradient its dtype and shape again
+                tensor.grad = grad
 
     def written_in_place(self) -> list[str]:
         """Return the names of tensors whose values were changed and cannot be put back.
@@ -123,8 +129,9 @@ class Snapshot:
         if not dirty:
             return []
         root = self.modules[0]
-        named = chain(root.named_parameters(), root.named_buffers())
-        return [name for name, tensor in named if id(tensor) in dirty]
+        named = list(chain(root.named_parameters(), root.named_buffers()))
+        grads = [(f"{name}.grad", _grad(tensor)) for name, tensor in named]
+        return [name for name, tensor in [*named, *grads] if id(tensor) in dirty]
 
 
 @contextmanager
@@ -149,6 +156,22 @@ def _plain_tensors(dicts: Iterable[dict[str, Any]]) -> list[torch.Tensor]:
         if tensor.__class__ in _PLAIN_TENSORS
     }
     return list(found.values())
+
+
+def _grad(tensor: torch.Tensor) -> torch.Tensor | None:
+    return tensor.grad if tensor.is_leaf else None
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _distinct(tensor: torch.Tensor, *, like: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the elements that lie apart in memory; an expanded tensor repeats the others."""
+    if tensor.layout is not torch.strided:
+        return tensor
+    strides = (tensor if like is None else like).stride()
+    return tensor[tuple(slice(None if stride else 1) for stride in strides)]
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -89,10 +89,11 @@ class ModeRecord:
 
     def edited(self, model: nn.Module, hook: str) -> ModeRecord:
         """Return the record as ``hook`` (an ``update_for_*`` method) leaves copies of its parts."""
-        if getattr(type(self.descriptor), hook, None) is getattr(ModeDescriptor, hook):
+        edit = getattr(self.descriptor, hook)
+        if getattr(edit, "__func__", None) is getattr(ModeDescriptor, hook):
             return self
         config, metadata = self.config_object().unsealed(), copy_data(self.metadata)
-        getattr(self.descriptor, hook)(model, config, metadata)
+        edit(model, config, metadata)
         return replace(
             self,
             config=checked_json(config, self.name),

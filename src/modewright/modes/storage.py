@@ -34,7 +34,16 @@ MAX_SHARD_BYTES = 5 * 2**30
 
 Tensors = dict[str, torch.Tensor]
 # What the safetensors reader and torch raise on a file that is not what it says.
-_READ_ERRORS = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError)
+READ_ERRORS = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    OverflowError,
+)
 
 
 def is_single_file(path: Path) -> bool:
@@ -65,6 +74,13 @@ def write_checkpoint(path: Path, manifest: Manifest, tensors: Tensors, *, plain:
             _write_folder(path, manifest, tensors, plain)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"The checkpoint {path} could not be written: {error}") from error
+
+
+def _lies_in_one_file(path: Path) -> bool:
+    try:
+        return is_single_file(path) and not path.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _write_folder(folder: Path, manifest: Manifest, tensors: Tensors, plain: bool) -> None:
@@ -140,7 +156,7 @@ def read_manifest(path: Path) -> Manifest:
         CheckpointError: There is no checkpoint, or it is damaged.
     """
     where = str(path)
-    if is_single_file(path) and not path.is_dir():
+    if _lies_in_one_file(path):
         with _opened(path) as reader:
             text = (reader.metadata() or {}).get(HEADER_KEY)
         if text is None:
@@ -148,27 +164,35 @@ def read_manifest(path: Path) -> Manifest:
                 f"{where} is a safetensors file without a mode state: it was not written by "
                 "modewright.save. Load it with the library that wrote it."
             )
-        return Manifest.loads(text, where)
+        manifest = Manifest.loads(text, where)
+        _check_files(manifest, where, lambda file: file == "")
+        return manifest
     file = path / MANIFEST_NAME
-    if not file.is_file():
-        what = "does not exist" if not path.exists() else f"holds no {MANIFEST_NAME}"
-        raise CheckpointError(
-            f"{where} {what}: expected a .safetensors file or a folder that modewright.save wrote."
-        )
     try:
+        if not file.is_file():
+            what = "does not exist" if not path.exists() else f"holds no {MANIFEST_NAME}"
+            raise CheckpointError(
+                f"{where} {what}: expected a .safetensors file or a folder that modewright.save "
+                "wrote."
+            )
         if file.stat().st_size > MAX_MANIFEST_BYTES:
             raise CheckpointError(f"{file} is larger than {MAX_MANIFEST_BYTES >> 20} MiB.")
         content = file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     manifest = Manifest.loads(content, where)
+    _check_files(manifest, where, lambda file: Path(file).name == file and file.endswith(SUFFIX))
+    return manifest
+
+
+def _check_files(manifest: Manifest, where: str, allowed: Callable[[str], bool]) -> None:
+    """Refuse a manifest that would have a file read which is not part of the checkpoint."""
     for name, entry in manifest.tensors.items():
-        if Path(entry.file).name != entry.file or not entry.file.endswith(SUFFIX):
+        if not allowed(entry.file):
             raise CheckpointError(
                 f"{where} places the tensor {name!r} in {entry.file!r}, which is not the name of a "
-                "file in that folder."
+                "file of that checkpoint."
             )
-    return manifest
 
 
 def read_tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Tensor]]:
@@ -183,7 +207,7 @@ def read_tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Te
     files: dict[str, list[str]] = {}
     for name, entry in manifest.tensors.items():
         files.setdefault(entry.file, []).append(name)
-    if is_single_file(path) and not path.is_dir():
+    if _lies_in_one_file(path):
         files.setdefault("", [])
     for file, names in files.items():
         source = path / file if file else path
@@ -220,12 +244,14 @@ class _opened(contextlib.AbstractContextManager[Any]):  # noqa: N801
         self._path = path
 
     def __enter__(self) -> Any:
-        if not self._path.is_file():
-            raise CheckpointError(f"{self._path} does not exist or is not a file.")
         try:
+            if not self._path.is_file():
+                raise CheckpointError(f"{self._path} does not exist or is not a file.")
             self._reader: Any = safe_open(str(self._path), framework="pt", device="cpu")
             return self._reader.__enter__()  # type: ignore[no-untyped-call,unused-ignore]
-        except _READ_ERRORS as error:
+        except CheckpointError:
+            raise
+        except READ_ERRORS as error:
             raise CheckpointError(
                 f"{self._path} is not a readable safetensors file: {error}"
             ) from error
@@ -234,7 +260,7 @@ class _opened(contextlib.AbstractContextManager[Any]):  # noqa: N801
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         self._reader.__exit__(kind, error, trace)
-        if isinstance(error, _READ_ERRORS) and not isinstance(error, CheckpointError):
+        if isinstance(error, READ_ERRORS) and not isinstance(error, CheckpointError):
             raise CheckpointError(f"{self._path} cannot be read: {error}") from error
 
 

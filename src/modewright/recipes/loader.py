@@ -14,6 +14,8 @@ from modewright.errors import ConfigError, did_you_mean
 from modewright.recipes.schema import Checks, Recipe, RecipeStep, TextData
 
 LIBRARY = Path(__file__).parent / "library"
+MAX_PLACES = 10_000
+MAX_DEPTH = 32
 
 _Place = tuple["str | int", ...]
 
@@ -101,19 +103,17 @@ def _line(lines: dict[_Place, int], place: _Place) -> int | None:
 
 def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[_Place, int]]:
     """Return the content of a YAML mapping and the line of everything in it."""
-    loader = yaml.SafeLoader(text)
+    lines: dict[_Place, int] = {}
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-        lines: dict[_Place, int] = {}
         if node is not None:
-            _note_lines(node, (), lines, set(), where)
+            _note_lines(node, (), lines, where)
         data = loader.construct_document(node) if node is not None else None
+    except ConfigError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"The recipe {where} is not valid YAML: {error}") from error
-    finally:
-        loader.dispose()
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(
             f"The recipe {where} must be a mapping with the keys {', '.join(Recipe.model_fields)}."
@@ -121,21 +121,22 @@ def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[_Place, int]]:
     return data, lines
 
 
-def _note_lines(
-    node: yaml.Node, place: _Place, lines: dict[_Place, int], seen: set[int], where: str
-) -> None:
+def _note_lines(node: yaml.Node, place: _Place, lines: dict[_Place, int], where: str) -> None:
+    """Note the line of every place, and refuse what aliases blow up or turn into a circle."""
     line = node.start_mark.line + 1
-    if id(node) in seen:
-        raise ConfigError(f"{where}:{line}: anchors and aliases are not supported in recipes.")
-    seen.add(id(node))
+    if len(lines) >= MAX_PLACES or len(place) >= MAX_DEPTH:
+        raise ConfigError(
+            f"{where}:{line}: the recipe has more than {MAX_PLACES} entries or is nested more "
+            f"than {MAX_DEPTH} deep, aliases counted as what they stand for."
+        )
     lines[place] = line
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = (*place, str(key.value))
             if inner in lines:
                 raise ConfigError(f"{where}:{key.start_mark.line + 1}: {key.value!r} occurs twice.")
-            _note_lines(value, inner, lines, seen, where)
+            _note_lines(value, inner, lines, where)
             lines[inner] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            _note_lines(value, (*place, index), lines, seen, where)
+            _note_lines(value, (*place, index), lines, where)
