@@ -87,7 +87,7 @@ def test_prohibition_lapses_when_its_mode_is_closed() -> None:
 def test_prohibition_of_an_outer_mode_outlives_the_inner_ones_export() -> None:
     outer = make_mode("outer", export_mode="close_outer", next_prohibited_modes={"b"})
 
-    assert "prohibited by 'outer'" in problem(outer, OPEN, CLOSE, B)
+    assert "which prohibits it. Close 'outer' with" in problem(outer, OPEN, CLOSE, B)
     assert accepts(outer, OPEN, CLOSE, CLOSE_OUTER, B)
 
 

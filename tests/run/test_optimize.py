@@ -350,7 +350,7 @@ def test_calibration_and_evaluation_share_no_window(llama: Path, text: Path) -> 
     run = subject._Run(
         modewright.load_recipe(tiny_recipe(text)), modewright.default_registry, subject._silent
     )
-    opened = subject.open_subject(llama, keep_skeleton=False, registry=modewright.default_registry)
+    opened = subject.open_subject(llama, registry=modewright.default_registry)
 
     data = run.load_data(opened, None, None)
 
@@ -372,7 +372,7 @@ def test_dry_run_changes_nothing_and_says_what_would_happen(llama: Path, text: P
 
 
 def test_text_needs_a_tokenizer(text: Path) -> None:
-    opened = subject.open_subject(mlp(), keep_skeleton=False, registry=modewright.default_registry)
+    opened = subject.open_subject(mlp(), registry=modewright.default_registry)
 
     with pytest.raises(DataError, match="tokenizer"):
         opened.encode()
@@ -380,7 +380,7 @@ def test_text_needs_a_tokenizer(text: Path) -> None:
 
 def test_a_skeleton_takes_no_memory_and_is_restored_like_the_model() -> None:
     model = Teller()
-    opened = subject.open_subject(model, keep_skeleton=True, registry=modewright.default_registry)
+    opened = subject.open_subject(model, registry=modewright.default_registry)
 
     assert opened.skeleton is not None
     assert all(p.is_meta for p in opened.skeleton.parameters())

@@ -53,7 +53,7 @@ class Photograph:
         return (
             self._id(tensor),
             type(tensor),
-            tensor.untyped_storage().data_ptr(),
+            0 if tensor.is_meta else tensor.untyped_storage().data_ptr(),
             tensor.stride(),
             tensor.requires_grad,
             tensor.is_leaf,
@@ -68,6 +68,8 @@ class Photograph:
 
 def content(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     """Dtype, shape and bytes of a tensor."""
+    if tensor.is_meta:
+        return tensor.dtype, tuple(tensor.shape), b""
     flat = tensor.detach().resolve_conj().contiguous().reshape(-1)
     data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return tensor.dtype, tuple(tensor.shape), data

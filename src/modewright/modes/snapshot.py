@@ -98,13 +98,14 @@ class Snapshot:
                     _refill(value, contents.get(id(value), ()))
         with torch.no_grad():
             self._roll_back_tensors()
+        if self._values is not None:
+            with torch.inference_mode():  # lets tensors be written that were made in it
+                for data, value in zip(self._data, self._values, strict=True):
+                    _distinct(data).copy_(_distinct(value, like=data))
 
     def _roll_back_tensors(self) -> None:
         for index, tensor in enumerate(self._tensors):
-            data = self._data[index]
-            tensor.data = data
-            if self._values is not None:
-                _distinct(data).copy_(_distinct(self._values[index], like=data))
+            tensor.data = self._data[index]
             if self._leaves[index] and not tensor.is_leaf:
                 tensor.detach_()  # an operation with gradients was written into it
             if tensor.requires_grad is not self._requires_grad[index]:

@@ -87,10 +87,10 @@ def optimize(
     if target is not None:
         require_replaceable(target)
     with run.timed("load"):
-        subject = open_subject(model, keep_skeleton=True, registry=run.registry)
+        subject = open_subject(model, registry=run.registry)
     run.plan(subject).require_ok()
     data = run.load_data(subject, calibration, evaluation)
-    progress = Progress(target, run.fingerprint(subject, data))
+    progress = Progress(target, "" if target is None else run.fingerprint(subject, data))
     size_before = inspect(subject.model).bytes
     baseline = run.measure_baseline(subject, data, progress)
     optimized = run.apply_steps(subject, data, progress)
@@ -136,7 +136,7 @@ def dry_run(
     """Say what :func:`optimize` would do to a model, or why it may not; change nothing."""
     run = _Run(load_recipe(recipe), registry or default_registry, on_progress or _silent)
     with run.timed("load"):
-        subject = open_subject(model, keep_skeleton=False, registry=run.registry)
+        subject = open_subject(model, registry=run.registry)
     return plan(subject.model, run.recipe.modes(), registry=run.registry)
 
 
@@ -203,7 +203,7 @@ class _Run:
         """Return a digest of everything that decides what the run does."""
         parts = {
             "recipe": self.recipe.model_dump(mode="json"),
-            "model": subject.revision,
+            "model": subject.revision(),
             "calibration": data.calibration_fingerprint,
             "evaluation": None if data.windows is None else fingerprint(data.windows),
             "versions": [__version__, torch.__version__],
@@ -263,7 +263,7 @@ class _Run:
                 again = restore(subject.skeleton, folder, registry=self.registry)
                 same = tensors_identical(again.state_dict(), model.state_dict())
                 if same and data.probe is not None:
-                    again.train(model.training)
+                    again.train(model.training).to(next(model.parameters()).device)
                     same = tensors_identical(
                         logits_of(again, data.probe), logits_of(model, data.probe)
                     )

@@ -31,19 +31,23 @@ class Subject:
         tokenizer: Its tokenizer, if it was loaded from files.
         skeleton: The unmodified model without weights (on the meta device), to restore onto; only
             for a model that was passed as an object.
-        revision: A digest that changes when the model does.
+        files_digest: A digest of the files it came from; ``None`` if it was passed as an object.
     """
 
     model: nn.Module
     source: str
     tokenizer: Any
     skeleton: nn.Module | None
-    revision: str
+    files_digest: str | None
 
     @property
     def from_files(self) -> bool:
         """Whether another process can build the model again from what is saved."""
         return self.skeleton is None
+
+    def revision(self) -> str:
+        """Return a digest that changes when the model does; reads every weight of an object."""
+        return self.files_digest or _weights_digest(self.model)
 
     def encode(self) -> Callable[[str], list[int]]:
         """Return the function from text to token ids.
@@ -62,12 +66,11 @@ class Subject:
         return encode(self.tokenizer)
 
 
-def open_subject(model: object, *, keep_skeleton: bool, registry: ModeRegistry) -> Subject:
+def open_subject(model: object, *, registry: ModeRegistry) -> Subject:
     """Load a model from a path or name, or take one that is there.
 
     Args:
         model: A path, ``demo:...``, a module or a model-like.
-        keep_skeleton: Whether the model, if passed as an object, must be restorable later.
         registry: Where the modes of a model that was optimized before are looked up.
 
     Raises:
@@ -78,9 +81,7 @@ def open_subject(model: object, *, keep_skeleton: bool, registry: ModeRegistry) 
         return _open_files(model, registry)
     root = as_model(model)
     built = root.build() if isinstance(root, ModelLike) else unwrap(root)[0]
-    revision = _revision(built) if keep_skeleton else ""
-    skeleton = _skeleton(built) if keep_skeleton else nn.Module()
-    return Subject(built, type(built).__name__, None, skeleton, revision)
+    return Subject(built, type(built).__name__, None, _skeleton(built), None)
 
 
 def _open_files(source: str | Path, registry: ModeRegistry) -> Subject:
@@ -92,8 +93,8 @@ def _open_files(source: str | Path, registry: ModeRegistry) -> Subject:
         loaded = hf.load_language_model(source)
         return Subject(loaded.model, loaded.source, loaded.tokenizer, None, loaded.revision)
     model = restore(hf.build_from_config(folder), folder, registry=registry).eval()
-    revision = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
-    return Subject(model, str(source), hf.load_tokenizer(folder), None, revision)
+    digest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    return Subject(model, str(source), hf.load_tokenizer(folder), None, digest)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
@@ -110,7 +111,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _revision(model: nn.Module) -> str:
+def _weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256(type(model).__qualname__.encode())
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, torch.Tensor):
