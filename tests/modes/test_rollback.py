@@ -107,7 +107,7 @@ SCRIPTS: dict[str, Script] = {
     "changes dtype": lambda m: m.half(),
     "changes dtype twice": lambda m: m.bfloat16().double(),
     "moves to meta": lambda m: m.to("meta"),
-    "shrinks a parameter": lambda m: first(m).bias.detach().resize_(2),
+    "shrinks a parameter": lambda m: setattr(first(m).bias, "data", torch.ones(2)),
     "changes classes": lambda m: setattr(m.body[2], "__class__", nn.Identity),
     "changes the root's class": lambda m: setattr(m, "__class__", nn.Sequential),
     "adds a parameter": lambda m: first(m).register_parameter("more", nn.Parameter(torch.ones(1))),

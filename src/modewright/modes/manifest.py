@@ -143,7 +143,13 @@ def migrate(
     while version < current:
         if version not in migrations:
             raise CheckpointError(f"{where}: no migration leads on from schema version {version}.")
-        body = migrations[version](body)
+        try:
+            body = migrations[version](body)
+        except Exception as error:
+            raise CheckpointError(
+                f"{where} has schema version {version} and could not be migrated: it is damaged "
+                f"({type(error).__name__}: {error})."
+            ) from error
         version += 1
         body["schema_version"] = version
     return body

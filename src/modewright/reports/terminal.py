@@ -58,8 +58,8 @@ def _add_quality(table: Table, result: Result) -> None:
     if result.packed_size is not None:
         table.add_row("weights if packed", "", size(result.packed_size))
         table.caption = (
-            "Low precision is simulated: weights are saved in their original dtype, rounded to "
-            "what the scheme can hold. Packed is what they would take in that many bits."
+            "Low precision is simulated: weights are saved in their original dtype, with the scales "
+            "beside them or folded in. Packed is what they would take in that many bits."
         )
     if before is not None and after is not None:
         table.add_row("perplexity", number(before.perplexity), number(after.perplexity))
