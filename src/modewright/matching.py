@@ -93,15 +93,19 @@ def _matcher(pattern: str) -> Callable[[str, nn.Module], bool]:
     if pattern.startswith(_REGEX):
         try:
             expression = re.compile(pattern[len(_REGEX) :])
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"The pattern {pattern!r} is no regular expression: {error}"
             ) from error
         return lambda name, module: expression.fullmatch(name) is not None
-    class_name = pattern.removeprefix("torch.").removeprefix("nn.")
+    class_name = _without_package(pattern)
     return lambda name, module: (
         fnmatchcase(name, pattern) or class_name in _class_names(type(module))
     )
+
+
+def _without_package(pattern: str) -> str:
+    return pattern.removeprefix("torch.").removeprefix("nn.")
 
 
 def _class_names(cls: type) -> list[str]:
@@ -113,14 +117,14 @@ def _class_names(cls: type) -> list[str]:
 
 def _nearest(pattern: str, modules: Mapping[str, nn.Module]) -> str:
     """Return `` (nearest: ...)`` with the paths and classes that look most like the pattern."""
-    wanted = pattern.removeprefix(_REGEX)
-    classes = {name for module in modules.values() for name in _class_names(type(module))}
-    ends: dict[str, str] = {}  # the last parts of paths, each with one path that ends so
-    for name in modules:
-        ends.setdefault(name.rpartition(".")[2], name)
+    wanted = _without_package(pattern.removeprefix(_REGEX))
+    paths = [name for name in modules if name]
+    words = {cls: cls for path in paths for cls in _class_names(type(modules[path]))}
+    for path in paths:  # the last part of a path stands for the first path that ends so
+        words.setdefault(path.rpartition(".")[2], path)
     last = wanted.rpartition(".")[2].strip("*?$^")
-    found = nearest(wanted, [n for n in modules if n])
-    found += [ends[end] for end in nearest(last, ends)]
-    found += nearest(wanted, classes)
+    found = [words[word] for word in nearest(last, words)]
+    if last != wanted.lstrip("*."):
+        found = nearest(wanted, paths) + found
     unique = list(dict.fromkeys(found))[:3]
     return f" (nearest: {', '.join(repr(n) for n in unique)})" if unique else ""

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics merge: two halves of the data give what the whole gives."""
+"""Statistics: what two halves of the data merge to is what the whole gives."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -10,58 +12,100 @@ from hypothesis import strategies as st
 
 from modewright.calibration.statistics import MergeRule, RangeObserver, Statistic
 
-batches = st.lists(
-    st.lists(st.integers(-1000, 1000), min_size=1, max_size=5), min_size=2, max_size=6
-)
+RULES: tuple[MergeRule, ...] = ("max", "min", "sum")
+# Whole numbers add up exactly in whatever order.
+numbers = st.integers(-(2**15), 2**15).map(float)
+vectors = st.lists(numbers, min_size=3, max_size=3)
+batches = st.lists(st.lists(numbers, max_size=4), max_size=6)
 
 
-@pytest.mark.parametrize("rule", ["max", "min", "sum"])
-@given(values=st.lists(st.integers(-1000, 1000), min_size=1, max_size=8), cut=st.integers(0, 8))
-def test_halves_merge_to_the_whole(rule: MergeRule, values: list[int], cut: int) -> None:
-    whole, first, second = Statistic(rule), Statistic(rule), Statistic(rule)
+def gathered(rule: MergeRule, values: list[list[float]]) -> Statistic:
+    statistic = Statistic(rule)
     for value in values:
-        whole.update(torch.tensor(value))
-    for value in values[:cut]:
-        first.update(torch.tensor(value))
-    for value in values[cut:]:
-        second.update(torch.tensor(value))
+        statistic.update(torch.tensor(value))
+    return statistic
 
+
+def observed(values: list[list[float]]) -> RangeObserver:
+    observer = RangeObserver()
+    for value in values:
+        observer.update(torch.tensor(value))
+    return observer
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(values=st.lists(vectors, min_size=1, max_size=6), cut=st.integers(0, 6))
+def test_halves_merge_to_the_whole(rule: MergeRule, values: list[list[float]], cut: int) -> None:
+    half = gathered(rule, values[:cut])
+    half.merge(gathered(rule, values[cut:]))
+    whole = gathered(rule, values).value
+    expected = {"max": torch.amax, "min": torch.amin, "sum": torch.sum}[rule](
+        torch.tensor(values), dim=0
+    )
+    assert whole is not None
+    assert torch.equal(whole, expected)
+    assert half.value is not None
+    assert torch.equal(half.value, whole)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_statistic_without_data_has_no_value(rule: MergeRule) -> None:
+    empty = Statistic(rule)
+    empty.merge(Statistic(rule))
+    assert empty.value is None
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_merging_leaves_the_other_one_alone(rule: MergeRule) -> None:
+    first, second = gathered(rule, [[1.0, 5.0, 2.0]]), gathered(rule, [[4.0, 3.0, 2.0]])
     first.merge(second)
-
-    assert first.value is not None
-    assert first.value.item() == {"max": max, "min": min, "sum": sum}[rule](values)
-    assert whole.value is not None
-    assert torch.equal(first.value, whole.value)
+    assert second.value is not None
+    assert second.value.tolist() == [4.0, 3.0, 2.0]
 
 
-@given(data=batches)
-def test_observers_of_halves_merge_to_the_observer_of_the_whole(data: list[list[int]]) -> None:
-    whole, first, second = RangeObserver(), RangeObserver(), RangeObserver()
-    for index, batch in enumerate(data):
-        whole.update(torch.tensor(batch, dtype=torch.float32))
-        (first if index % 2 else second).update(torch.tensor(batch, dtype=torch.float32))
+def test_a_statistic_keeps_no_graph() -> None:
+    statistic = Statistic("sum")
+    statistic.update(torch.ones(2, requires_grad=True) * 2)
+    assert statistic.value is not None
+    assert not statistic.value.requires_grad
 
-    first.merge(second)
 
-    flat = [value for batch in data for value in batch]
-    assert whole.range is not None
-    assert [bound.item() for bound in whole.range] == [min(flat), max(flat)]
-    assert first.range == whole.range
-    assert first.count.value == whole.count.value == len(flat)
+@given(values=batches, cut=st.integers(0, 6))
+def test_observers_of_halves_merge_to_the_observer_of_the_whole(
+    values: list[list[float]], cut: int
+) -> None:
+    half = observed(values[:cut])
+    half.merge(observed(values[cut:]))
+    flat = [number for batch in values for number in batch]
+    for observer in (half, observed(values)):
+        if not flat:
+            assert observer.range is None
+            assert observer.count.value is None
+        else:
+            assert observer.range is not None
+            assert [bound.item() for bound in observer.range] == [min(flat), max(flat)]
+            assert observer.count.value == len(flat)
 
 
 def test_an_empty_tensor_counts_for_nothing() -> None:
-    observer = RangeObserver()
+    observer = observed([[2.0, -1.0]])
     observer.update(torch.empty(0, 4))
-    assert observer.range is None
-
-    observer.merge(RangeObserver())
-    assert observer.range is None
-
-
-def test_an_observer_keeps_no_graph() -> None:
-    observer = RangeObserver()
-    observer.update(torch.ones(2, requires_grad=True) * 2)
-
     assert observer.range is not None
-    assert not any(bound.requires_grad for bound in observer.range)
+    assert [bound.item() for bound in observer.range] == [-1.0, 2.0]
+    assert observer.count.value == 2
+
+
+def test_nan_is_seen_in_whatever_batch_it_was() -> None:
+    for values in ([[math.nan], [1.0]], [[1.0], [math.nan]]):
+        seen = observed(values).range
+        assert seen is not None
+        assert all(bound.isnan() for bound in seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_range_has_the_dtype_of_what_was_seen(dtype: torch.dtype) -> None:
+    observer = RangeObserver()
+    observer.update(torch.tensor([[0.5, -2.0]], dtype=dtype))
+    assert observer.range is not None
+    assert [bound.dtype for bound in observer.range] == [dtype, dtype]
+    assert [bound.item() for bound in observer.range] == [-2.0, 0.5]

@@ -3,59 +3,109 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modewright.formats.grouping import Granularity, Grouping
+from modewright.formats.grouping import Grouping
+from modewright.formats.integer import IntegerFormat
+from modewright.quantization.algorithms.max import max_scale
 
-shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+INT8 = IntegerFormat(8, signed=True)
+shapes = st.lists(st.integers(0, 6), min_size=1, max_size=4).map(tuple)
+PER_TENSOR = Grouping("tensor")
+PER_TOKEN = Grouping("token")
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "token", "channel", "group"])
-@given(shape=shapes, group_size=st.integers(1, 7), data=st.data())
-def test_joining_undoes_splitting(
-    granularity: Granularity, shape: list[int], group_size: int, data: st.DataObject
-) -> None:
-    axis = data.draw(st.integers(0, len(shape) - 1))
-    size = group_size if granularity == "group" else None
-    grouping = Grouping(granularity, size, axis)
-    tensor = torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape)
+def numbered(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.arange(1.0, math.prod(shape) + 1).reshape(shape)
 
+
+@st.composite
+def groupings(draw: st.DrawFn) -> tuple[Grouping, tuple[int, ...]]:
+    shape = draw(shapes)
+    axis = draw(st.integers(-len(shape), len(shape) - 1))
+    granularity = draw(st.sampled_from(["tensor", "channel", "group", "token"]))
+    size = draw(st.integers(1, 9)) if granularity == "group" else None
+    return Grouping(granularity, size, axis), shape  # type: ignore[arg-type]
+
+
+@given(case=groupings())
+def test_join_is_the_inverse_of_split(case: tuple[Grouping, tuple[int, ...]]) -> None:
+    grouping, shape = case
+    tensor = numbered(shape)
     grouped = grouping.split(tensor)
-
     assert grouped.ndim == 3
     assert torch.equal(grouping.join(grouped, tensor.shape), tensor)
 
 
-@pytest.mark.parametrize(
-    ("grouping", "shape", "grouped"),
-    [
-        (Grouping("tensor"), (4, 6), (1, 1, 24)),
-        (Grouping("token"), (2, 3, 6), (6, 1, 6)),
-        (Grouping("channel"), (4, 6), (4, 1, 6)),
-        (Grouping("channel", channel_axis=1), (4, 6, 3), (6, 1, 12)),
-        (Grouping("group", 4), (5, 6), (5, 2, 4)),
-        (Grouping("group", 3), (5, 2, 3), (5, 2, 3)),
-    ],
-    ids=["tensor", "token", "channel", "other axis", "last group not full", "convolution"],
-)
-def test_what_shares_a_scale(
-    grouping: Grouping, shape: tuple[int, ...], grouped: tuple[int, ...]
+@given(case=groupings())
+def test_scales_have_the_documented_shape(case: tuple[Grouping, tuple[int, ...]]) -> None:
+    grouping, shape = case
+    channels = shape[grouping.channel_axis]
+    inputs = math.prod(shape) // channels if channels else 0
+    expected = {
+        "tensor": (1, 1),
+        "channel": (channels, 1),
+        "group": (channels, math.ceil(inputs / (grouping.group_size or 1))),
+        "token": (math.prod(shape[:-1]), 1),
+    }[grouping.granularity]
+    scale, _ = max_scale(grouping.split(numbered(shape)), INT8)
+    assert tuple(scale.shape) == expected
+
+
+@given(shape=shapes.filter(math.prod), axis=st.integers(0, 3))
+def test_a_channel_holds_the_values_at_one_index_of_its_axis(
+    shape: tuple[int, ...], axis: int
 ) -> None:
-    assert tuple(grouping.split(torch.zeros(shape)).shape) == grouped
+    axis %= len(shape)
+    tensor = numbered(shape)
+    rows = Grouping("channel", channel_axis=axis).split(tensor)
+    for index in range(shape[axis]):
+        assert torch.equal(rows[index, 0], tensor.select(axis, index).flatten())
 
 
-def test_a_group_that_is_not_full_is_padded_with_zeros() -> None:
-    grouped = Grouping("group", 4).split(torch.full((2, 6), 9.0))
+def test_groups_run_along_the_inputs_and_the_last_is_padded_with_zeros() -> None:
+    groups = Grouping("group", 3).split(numbered((2, 5)))
+    assert groups.tolist() == [[[1, 2, 3], [4, 5, 0]], [[6, 7, 8], [9, 10, 0]]]
 
-    assert grouped[0].tolist() == [[9, 9, 9, 9], [9, 9, 0, 0]]
+
+def test_padding_does_not_widen_the_range_of_the_last_group() -> None:
+    scale, _ = max_scale(Grouping("group", 4).split(torch.full((1, 5), 127.0)), INT8)
+    assert scale.tolist() == [[1.0, 1.0]]
 
 
-def test_a_group_holds_inputs_of_one_output_channel() -> None:
-    weight = torch.arange(12.0).reshape(2, 3, 2)  # a transposed convolution: [in, out, kernel]
+def test_a_group_size_beyond_the_inputs_makes_one_group_per_channel() -> None:
+    scale, _ = max_scale(Grouping("group", 100).split(numbered((3, 5))), INT8)
+    per_channel, _ = max_scale(Grouping("channel").split(numbered((3, 5))), INT8)
+    assert torch.equal(scale, per_channel)
 
-    grouped = Grouping("group", 2, channel_axis=1).split(weight)
 
-    assert grouped[1].tolist() == [[2, 3], [8, 9]]
+def test_a_token_is_the_last_axis() -> None:
+    tokens = PER_TOKEN.split(numbered((2, 3, 4)))
+    assert tokens.shape == (6, 1, 4)
+    assert torch.equal(tokens[4, 0], numbered((2, 3, 4))[1, 1])
+
+
+@pytest.mark.parametrize(
+    "grouping",
+    [PER_TENSOR, PER_TOKEN, Grouping("channel"), Grouping("group", 2)],
+    ids=lambda g: g.granularity,
+)
+def test_splitting_a_contiguous_tensor_copies_nothing(grouping: Grouping) -> None:
+    tensor = numbered((4, 6))
+    assert grouping.split(tensor).data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "grouping",
+    [PER_TENSOR, PER_TOKEN, Grouping("channel", channel_axis=1), Grouping("group", 4)],
+    ids=lambda g: g.granularity,
+)
+def test_tensors_with_other_strides_are_cut_the_same_way(grouping: Grouping) -> None:
+    tensor = numbered((6, 5)).t()
+    assert torch.equal(grouping.split(tensor), grouping.split(tensor.contiguous()))
+    assert torch.equal(grouping.join(grouping.split(tensor), tensor.shape), tensor)

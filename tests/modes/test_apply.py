@@ -108,7 +108,7 @@ def test_descriptor_need_not_be_registered_to_be_applied(registry: ModeRegistry)
 
 
 def test_descriptor_under_the_name_of_another_mode_is_refused(registry: ModeRegistry) -> None:
-    with pytest.raises(ConfigError, match="belongs to support.example_modes.GainMode"):
+    with pytest.raises(ConfigError, match=r"belongs to support\.example_modes\.GainMode"):
         apply_mode(MLP.make(), make_mode("gain"), registry=registry)
 
 

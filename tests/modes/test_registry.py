@@ -307,7 +307,7 @@ def test_plugin_with_a_dangling_rule_is_an_error_when_it_is_loaded(install: Inst
     registry = install({"from_plugin": "acme_good:Mode"}, [GainMode], acme_good=source)
 
     registry.check()
-    with pytest.raises(UnknownModeError, match="names 'gian'.*Did you mean 'gain'"):
+    with pytest.raises(UnknownModeError, match=r"names 'gian'.*Did you mean 'gain'"):
         _ = registry["from_plugin"]
 
 

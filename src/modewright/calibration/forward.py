@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def run_calibration(
                 "calibration must be an iterable of batches or a function that runs the model; "
                 f"received {type(calibration).__name__}."
             )
-        total = len(calibration) if isinstance(calibration, Sized) else None
+        total = length_hint(calibration) or None
         device = next((p.device for p in model.parameters()), None)
         count = 0
         for count, batch in enumerate(calibration, start=1):
@@ -77,8 +78,8 @@ def _call(model: nn.Module, batch: object, device: torch.device | None, number: 
         model(**{key: _moved(item, device) for key, item in batch.items()})
     else:
         raise DataError(
-            f"Batch {number} is a {type(batch).__name__}; a tensor, a tuple of positional inputs or "
-            "a dict of keyword inputs was expected."
+            f"Batch {number} is a {type(batch).__name__}; a tensor, a tuple of positional inputs "
+            "or a dict of keyword inputs was expected."
         )
 
 

@@ -6,8 +6,11 @@ shares one ``scale`` (and ``zero_point``) of ``[rows, groups]``; :mod:`modewrigh
 makes that view of a tensor. Rounding is half to even. Arithmetic is float32 whatever the dtype of
 the tensor, and the result has that dtype again.
 
-What is defined at the edges: a group of zeros has scale 1 and stays zero; values beyond the range
-saturate; NaN stays NaN; an empty tensor stays empty.
+What is defined at the edges: a group of zeros has scale 1 and stays zero, and one so small that its
+scale would not be a normal float32 becomes zero; values beyond the range of a scale saturate,
+infinities too; NaN stays NaN; an empty tensor stays empty. Any finite range has a finite scale, but
+a value within half a scale of the largest number of its dtype may come out as infinity. A scale
+taken from a range that is not finite makes its whole group NaN.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ def scale_from_range(
     if fmt.signed:
         span = torch.maximum(-minimum, maximum)
         return _positive(span / fmt.qmax), None
-    scale = _positive((maximum - minimum) / (fmt.qmax - fmt.qmin))
+    steps = fmt.qmax - fmt.qmin
+    scale = _positive(maximum / steps - minimum / steps)  # their difference might overflow
     zero_point = (fmt.qmin - minimum / scale).round().clamp(fmt.qmin, fmt.qmax)
     return scale, zero_point
 
@@ -50,10 +54,7 @@ def quantize(
     fmt: IntegerFormat,
 ) -> torch.Tensor:
     """Return the codes of a grouped tensor: float32 with integer values, same shape."""
-    codes = torch.round(grouped.float() / scale.unsqueeze(-1))
-    if zero_point is not None:
-        codes = codes + zero_point.unsqueeze(-1)
-    return codes.clamp(fmt.qmin, fmt.qmax)
+    return _unbounded_codes(grouped, scale, zero_point).clamp(fmt.qmin, fmt.qmax)
 
 
 def dequantize(
@@ -97,14 +98,19 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         grouped, scale, zero_point = ctx.saved_tensors
-        low, high = float(ctx.fmt.qmin), float(ctx.fmt.qmax)
-        codes = torch.round(grouped.float() / scale.unsqueeze(-1))
-        if zero_point is not None:
-            codes = codes + zero_point.unsqueeze(-1)
-        return gradient * ((codes >= low) & (codes <= high)), None, None, None
+        codes = _unbounded_codes(grouped, scale, zero_point)
+        saturated = (codes < ctx.fmt.qmin) | (codes > ctx.fmt.qmax)
+        return gradient.masked_fill(saturated, 0), None, None, None
+
+
+def _unbounded_codes(
+    grouped: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
+) -> torch.Tensor:
+    codes = torch.round(grouped.float() / scale.unsqueeze(-1))
+    return codes if zero_point is None else codes + zero_point.unsqueeze(-1)
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:
-    """Replace scales that are zero, or too small to divide by, by 1: their group is all zeros."""
+    """Replace scales that are zero, or too small to divide by, by 1: their group becomes zero."""
     tiny = torch.finfo(torch.float32).tiny
     return torch.where(scale < tiny, torch.ones_like(scale), scale)

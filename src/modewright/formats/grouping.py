@@ -43,21 +43,22 @@ class Grouping:
         if self.granularity == "tensor":
             return tensor.reshape(1, 1, -1)
         if self.granularity == "token":
-            return tensor.reshape(-1, 1, tensor.shape[-1])
+            return tensor.reshape(tensor.shape[:-1].numel(), 1, tensor.shape[-1])
+        channels = tensor.shape[self.channel_axis]
         rows = tensor.movedim(self.channel_axis, 0)
-        rows = rows.reshape(rows.shape[0], -1)
+        rows = rows.reshape(channels, tensor.numel() // max(channels, 1))
         if self.granularity == "channel" or self.group_size is None:
             return rows.unsqueeze(1)
         padding = -rows.shape[1] % self.group_size
         if padding:
             rows = F.pad(rows, (0, padding))
-        return rows.reshape(rows.shape[0], -1, self.group_size)
+        return rows.reshape(channels, rows.shape[1] // self.group_size, self.group_size)
 
     def join(self, grouped: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Return a tensor of ``shape`` from its groups: the inverse of :meth:`split`."""
         if self.granularity in ("tensor", "token"):
             return grouped.reshape(shape)
-        axis = self.channel_axis
+        axis = self.channel_axis % len(shape)
         moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
         width = shape.numel() // max(shape[axis], 1)
         return grouped.flatten(1)[:, :width].reshape(moved).movedim(0, axis)

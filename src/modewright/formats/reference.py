@@ -20,7 +20,8 @@ def fake_quantize_group(values: Sequence[float], fmt: IntegerFormat) -> list[flo
     if fmt.signed:
         scale = float32(max(-low, high) / fmt.qmax)
     else:
-        scale = float32(float32(high - low) / (fmt.qmax - fmt.qmin))
+        steps = fmt.qmax - fmt.qmin
+        scale = float32(float32(high / steps) - float32(low / steps))
     if scale < 2.0**-126:
         scale = 1.0
     zero_point = 0
@@ -39,6 +40,9 @@ def _fake_quantize_value(value: float, scale: float, zero_point: int, fmt: Integ
 
 
 def float32(value: float) -> float:
-    """Round a Python float to the nearest float32."""
-    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    """Round a Python float to the nearest float32, which may be an infinity."""
+    try:
+        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
     return rounded

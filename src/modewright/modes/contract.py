@@ -9,7 +9,7 @@ on a fresh model, and train flags survive.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def check_mode(
         problems.append("two conversions of the same model give different outputs")
     if registry[mode].save_mode_in_state:
         try:
-            problems += _restore_problems(model, structure, make_model, run, registry)
+            for problem in _restore_problems(model, structure, make_model, run, registry):
+                problems.append(problem)  # those found before an error count too
         except ModewrightError as error:
             problems.append(f"it cannot be saved and restored: {error}")
     return problems
@@ -107,21 +108,19 @@ def _restore_problems(
     make_model: Callable[[], nn.Module],
     run: Run,
     registry: ModeRegistry,
-) -> list[str]:
-    problems = []
+) -> Iterator[str]:
     state = (state_of(model) or ModeState()).for_saving(model)
     rebuilt = restore_from_mode_state(make_model(), state.to_dict(), registry=registry)
     if _structure(rebuilt) != structure:
-        problems.append("restore gives other modules, names, shapes or dtypes than convert")
+        yield "restore gives other modules, names, shapes or dtypes than convert"
     with tempfile.TemporaryDirectory() as folder:
         for path in (Path(folder) / "file.safetensors", Path(folder) / "folder"):
             save(model, path)
             restored = restore(make_model(), path, registry=registry)
             if _structure(restored) != structure:
-                problems.append(f"a restored {path.stem} has another structure than what was saved")
+                yield f"a restored {path.stem} has another structure than what was saved"
             if _bits(run(restored)) != _bits(run(model)):
-                problems.append(f"a restored {path.stem} gives other outputs than what was saved")
-    return problems
+                yield f"a restored {path.stem} gives other outputs than what was saved"
 
 
 def _structure(model: nn.Module) -> Any:

@@ -12,7 +12,7 @@ from modewright.errors import ModewrightError
 from modewright.modes.config import build_config
 from modewright.modes.descriptor import ModeDescriptor
 from modewright.modes.model_like import ModelLike, as_model, unwrap
-from modewright.modes.registry import ModeRegistry
+from modewright.modes.registry import ModeRegistry, check_rules
 from modewright.modes.sequence import Position
 from modewright.modes.state import state_of
 from modewright.modes.steps import BareMode, ConfigLike, Modes, resolve_mode, split_modes
@@ -105,9 +105,10 @@ def plan(model: object, mode: Modes, *, registry: ModeRegistry) -> Plan:
     position = Position.after_all(applied)
     pairs = split_modes(mode)
     registry.check()
+    names = {*registry, *map(_bare_name, (bare for bare, _ in pairs))}
     steps: list[PlannedStep] = []
     for pair in pairs:
-        step, descriptor = _planned(root, pair, position, registry)
+        step, descriptor = _planned(root, pair, position, registry, names)
         steps.append(step)
         if descriptor is None or step.problem is not None:
             break
@@ -126,6 +127,7 @@ def _planned(
     pair: tuple[BareMode, ConfigLike],
     position: Position,
     registry: ModeRegistry,
+    names: set[str],
 ) -> tuple[PlannedStep, ModeDescriptor[Any] | None]:
     bare, value = pair
     name = _bare_name(bare)
@@ -134,6 +136,8 @@ def _planned(
     try:
         descriptor = resolve_mode(bare, registry)
         name = descriptor.name
+        if name not in registry:
+            check_rules(descriptor, names)
         validated = build_config(descriptor.config_class, value, where=f"mode {name!r}")
         config = validated.to_json()
         position.check(descriptor, registry)
@@ -147,4 +151,5 @@ def _planned(
 def _bare_name(bare: BareMode) -> str:
     if isinstance(bare, str):
         return bare
-    return bare.__name__ if isinstance(bare, type) else bare.name
+    name = bare.name  # of a class, this is the name itself unless it is written as a property
+    return name if isinstance(name, str) else getattr(bare, "__name__", "")

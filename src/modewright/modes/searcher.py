@@ -190,9 +190,10 @@ class BaseSearcher(ABC):
             )
         state = join_tensors(body.get("state"), tensors, str(path), error=CheckpointError)
         expected = {"best", *self.default_state_dict}
-        if not isinstance(state, dict) or set(state) != expected:
+        found = set(state) if isinstance(state, dict) else set()
+        if found != expected:
             raise CheckpointError(
-                f"The search checkpoint {path} holds {list(state or ())}; {sorted(expected)} was "
+                f"The search checkpoint {path} holds {sorted(found)}; {sorted(expected)} was "
                 "expected. It is of another version: delete it to start anew."
             )
         for name, value in state.items():

@@ -147,11 +147,12 @@ def export_quantize(model: nn.Module) -> tuple[nn.Module, Metadata]:
     ]
     for layer in layers.values():
         own = cast(nn.Parameter, layer._parameters["weight"])
-        if own not in folded:  # a shared weight is folded once and stays shared
-            with torch.no_grad():
-                weight = layer.quantized_weight().clone()
-            folded[own] = nn.Parameter(weight, requires_grad=own.requires_grad)
-        layer._parameters["weight"] = folded[own]
+        if layer.weight_quantizer is not None:
+            if own not in folded:  # a shared weight is folded once and stays shared
+                with torch.no_grad():
+                    weight = layer.quantized_weight().contiguous()
+                folded[own] = nn.Parameter(weight, requires_grad=own.requires_grad)
+            layer._parameters["weight"] = folded[own]
         remove_quantizers(layer)
     reason = "its activations are no longer quantized: a plain layer has no place for their scale"
     metadata = {

@@ -26,9 +26,10 @@ class QuantizedLayer(nn.Module):
     """Base of the quantized classes: what to do with input, weight and output.
 
     Attributes:
-        channel_axis: The axis of output channels in the weight.
-        token_inputs: Whether the last axis of the input is one token's features. A convolution
-            sums over positions, so per-token scales cannot be taken out of its sum.
+        channel_axis: The axis of output channels in the weight. A transposed convolution with
+            groups has those of one group there: channels at the same place share a scale.
+        token_inputs: Whether the last axis of input and output is one token's features. A
+            convolution sums over positions, so per-token scales cannot be taken out of its sum.
     """
 
     channel_axis = 0
@@ -117,7 +118,7 @@ class EmbeddingForward(QuantizedLayer):
             own.max_norm,
             own.norm_type,
             own.scale_grad_by_freq,
-            own.sparse,
+            own.sparse and self.weight_quantizer is None,  # it passes no sparse gradient on
         )
         return self.quantized_output(result)
 
@@ -145,6 +146,12 @@ def supported_base(module: nn.Module) -> type[nn.Module] | None:
     return next((cls for cls in QUANTIZED_CLASSES if isinstance(module, cls)), None)
 
 
+def channel_axis(module: nn.Module) -> int:
+    """Return the axis of output channels in the weight of a supported layer."""
+    base = supported_base(module)
+    return 0 if base is None else QUANTIZED_CLASSES[base].channel_axis
+
+
 def overrides_forward(module: nn.Module, base: type[nn.Module]) -> bool:
     """Whether a subclass, or the instance, has a ``forward`` of its own."""
     return type(module).forward is not base.forward or "forward" in module.__dict__
@@ -161,6 +168,19 @@ def quantized_class(cls: type[nn.Module], base: type[nn.Module]) -> type[Quantiz
     return cast("type[QuantizedLayer]", made)
 
 
+def fitted_scheme(module: nn.Module, scheme: SchemeConfig) -> SchemeConfig:
+    """Return what of a scheme a layer can have: indices stay, convolutions know no tokens."""
+    changes: dict[str, QuantizerConfig | None] = {}
+    if isinstance(module, nn.Embedding):
+        changes["input_activations"] = None
+    elif (base := supported_base(module)) and not QUANTIZED_CLASSES[base].token_inputs:
+        for name in ("input_activations", "output_activations"):
+            quantizer = getattr(scheme, name)
+            if quantizer is not None and quantizer.granularity == "token":
+                changes[name] = quantizer.model_copy(update={"granularity": "tensor"})
+    return scheme.model_copy(update=changes)
+
+
 def insert_quantizers(module: nn.Module, scheme: SchemeConfig) -> QuantizedLayer:
     """Change a supported layer's class in place and give it the quantizers of ``scheme``."""
     base = supported_base(module)
@@ -169,13 +189,9 @@ def insert_quantizers(module: nn.Module, scheme: SchemeConfig) -> QuantizedLayer
     cls = quantized_class(type(module), base)  # type: ignore[arg-type]
     module.__class__ = cls
     layer = cast(QuantizedLayer, module)
-    inputs = scheme.input_activations
-    if inputs is not None and base is nn.Embedding:
-        inputs = None
-    if inputs is not None and inputs.granularity == "token" and not cls.token_inputs:
-        inputs = inputs.model_copy(update={"granularity": "tensor"})
+    scheme = fitted_scheme(module, scheme)
     layer.weight_quantizer = _quantizer(scheme.weights, cls.channel_axis)
-    layer.input_quantizer = _quantizer(inputs, 0)
+    layer.input_quantizer = _quantizer(scheme.input_activations, 0)
     layer.output_quantizer = _quantizer(scheme.output_activations, 0)
     for child in layer.children():
         child.training = layer.training

@@ -3,21 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from pydantic import ValidationError
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from modewright.errors import ConfigError, MatchError
-from modewright.matching import match_modules, require_matches
+from modewright.matching import Matches, match_modules, require_matches
 from modewright.modes.config import describe_validation
-from modewright.quantization.config import QuantizeConfig, Rule, SchemeConfig
+from modewright.quantization.config import (
+    QuantizeConfig,
+    QuantizerOverride,
+    Rule,
+    SchemeConfig,
+)
 from modewright.quantization.layers import (
     DEFAULT_TARGETS,
     QUANTIZED_CLASSES,
     READS_CHILDREN,
+    fitted_scheme,
     overrides_forward,
     supported_base,
 )
@@ -31,6 +37,7 @@ class SkipReason(str, Enum):
     READ_BY_PARENT = "its parent reads its weight without calling it"
     SHARED_WEIGHT = "its weight is shared with a layer that is not quantized in the same way"
     NOT_FLOATING = "its weight is not a floating-point tensor"
+    NO_PARAMETER = "its weight is no parameter yet, or is computed from others"
 
 
 @dataclass
@@ -40,7 +47,7 @@ class LayerPlan:
     Attributes:
         schemes: The scheme of every layer that is quantized, by path.
         skipped: The reason for every layer that was matched and is not.
-        unmatched: Patterns that matched nothing, where the config allows that.
+        unmatched: Patterns that matched nothing that can be quantized, where the config allows it.
     """
 
     schemes: dict[str, SchemeConfig] = field(default_factory=dict)
@@ -57,7 +64,7 @@ class LayerPlan:
         for name, reason in self.skipped.items():
             by_reason.setdefault(reason.value, []).append(name)
         lines += [f"skips {_some(names)}: {reason}" for reason, names in by_reason.items()]
-        lines += [f"pattern {pattern!r} matches nothing" for pattern in self.unmatched]
+        lines += [f"pattern {pattern!r} matches nothing to quantize" for pattern in self.unmatched]
         return lines
 
 
@@ -72,18 +79,19 @@ def plan_layers(model: nn.Module, config: QuantizeConfig) -> LayerPlan:
     matched = _Matching(modules, config)
     base_scheme = scheme(config.scheme)
     chosen: dict[str, SchemeConfig | None] = {}
-    for name in matched.targets(config.targets or DEFAULT_TARGETS, "targets"):
+    for name in matched.targets(config.targets, "targets"):
         chosen[name] = base_scheme
     for number, rule in enumerate(config.rules, start=1):
         where = f"rules[{number - 1}]"
         for name in matched.targets(rule.targets, f"{where}.targets", rule.ignore):
             chosen[name] = _changed(chosen.get(name), rule, where)
     ignored = matched.names(config.ignore, "ignore")
-    wanted = {
-        name: layer
+    fitted = {
+        name: fitted_scheme(modules[name], layer)
         for name, layer in chosen.items()
-        if layer is not None and name not in ignored and layer != SchemeConfig()
+        if layer is not None and name not in ignored
     }
+    wanted = {name: layer for name, layer in fitted.items() if layer != SchemeConfig()}
     if not wanted and not config.on_unmatched == "report":
         raise MatchError(
             f"mode 'quantize' would quantize nothing: of {len(modules) - 1} modules none is a "
@@ -102,54 +110,61 @@ class _Matching:
     def __init__(self, modules: dict[str, nn.Module], config: QuantizeConfig) -> None:
         self._modules = modules
         self._strict = config.on_unmatched == "error"
-        self._default = config.targets is None
         self.unmatched: tuple[str, ...] = ()
 
-    def names(self, patterns: Iterable[str], where: str) -> frozenset[str]:
-        patterns = tuple(patterns)
-        what = f"`{where}` of mode 'quantize'"
-        if self._strict:
-            return require_matches(self._modules, patterns, what).names
-        matches = match_modules(self._modules, patterns)
-        self.unmatched += matches.unmatched
-        return matches.names
+    def names(self, patterns: tuple[str, ...], where: str) -> frozenset[str]:
+        """Return the paths of all modules that a pattern matches."""
+        return self._matches(patterns, where).names
 
     def targets(
-        self, patterns: tuple[str, ...], where: str, ignore: tuple[str, ...] = ()
+        self, patterns: tuple[str, ...] | None, where: str, ignore: tuple[str, ...] = ()
     ) -> list[str]:
         """Return the paths of layers that can be quantized, in the order of the model."""
-        if where == "targets" and self._default:
-            found = match_modules(self._modules, patterns).names
+        if patterns is None:
+            found = match_modules(self._modules, DEFAULT_TARGETS).names
         else:
-            found = self.names(patterns, where)
-        found -= self.names(ignore, where.replace("targets", "ignore")) if ignore else frozenset()
-        layers = [n for n, m in self._modules.items() if n in found and supported_base(m)]
-        if found and not layers and self._strict:
-            kinds = sorted({type(self._modules[n]).__name__ for n in found})
-            raise MatchError(
-                f"`{where}` of mode 'quantize': {', '.join(map(repr, patterns))} match only "
-                f"{', '.join(kinds)}, which cannot be quantized. Supported: "
-                f"{', '.join(cls.__name__ for cls in QUANTIZED_CLASSES)}. To reach the layers "
-                "inside a container, end the pattern with '.*'."
-            )
-        return layers
+            matches = self._matches(patterns, where)
+            for pattern, names in matches.by_pattern.items():
+                if names and not any(supported_base(self._modules[n]) for n in names):
+                    self._refuse(pattern, names, where)
+            found = matches.names
+        found -= self.names(ignore, where.replace("targets", "ignore"))
+        return [n for n, m in self._modules.items() if n in found and supported_base(m)]
+
+    def _matches(self, patterns: tuple[str, ...], where: str) -> Matches:
+        if self._strict:
+            return require_matches(self._modules, patterns, f"`{where}` of mode 'quantize'")
+        matches = match_modules(self._modules, patterns)
+        self.unmatched += matches.unmatched
+        return matches
+
+    def _refuse(self, pattern: str, names: tuple[str, ...], where: str) -> None:
+        if not self._strict:
+            self.unmatched += (pattern,)
+            return
+        kinds = sorted({type(self._modules[n]).__name__ for n in names})
+        raise MatchError(
+            f"`{where}` of mode 'quantize': {pattern!r} matches only {', '.join(kinds)}, which "
+            "cannot be quantized. Supported: "
+            f"{', '.join(cls.__name__ for cls in QUANTIZED_CLASSES)}. To reach the layers "
+            "inside a container, end the pattern with '.*'."
+        )
 
 
 def _changed(current: SchemeConfig | None, rule: Rule, where: str) -> SchemeConfig | None:
     base = current if rule.scheme is None else scheme(rule.scheme)
-    base = base or SchemeConfig()
-    changes = {}
-    for member in ("weights", "input_activations", "output_activations"):
-        override = getattr(rule, member)
-        if override is not None:
-            try:
-                changes[member] = override.on(getattr(base, member))
-            except ValidationError as error:
-                raise ConfigError(
-                    f"`{where}.{member}` of mode 'quantize' does not fit the scheme it changes:\n"
-                    f"{describe_validation(error)}"
-                ) from error
-    return base.model_copy(update=changes)
+    members = dict(base or SchemeConfig())
+    try:
+        for member in members:
+            override: QuantizerOverride | None = getattr(rule, member)
+            if override is not None:
+                members[member] = override.on(members[member])
+        return SchemeConfig(**members)
+    except ValidationError as error:
+        raise ConfigError(
+            f"`{where}` of mode 'quantize' does not fit the scheme that it changes:\n"
+            f"{describe_validation(error)}"
+        ) from error
 
 
 def _skips(modules: dict[str, nn.Module], wanted: dict[str, SchemeConfig]) -> dict[str, SkipReason]:
@@ -161,25 +176,30 @@ def _skips(modules: dict[str, nn.Module], wanted: dict[str, SchemeConfig]) -> di
             skipped[name] = SkipReason.OWN_FORWARD
         elif isinstance(parent, READS_CHILDREN):
             skipped[name] = SkipReason.READ_BY_PARENT
-        elif not module._parameters["weight"].is_floating_point():  # type: ignore[union-attr]
-            skipped[name] = SkipReason.NOT_FLOATING
-    for names in _sharing(modules):
-        weights = [wanted[n].weights if n in wanted and n not in skipped else None for n in names]
+        else:
+            weight = module._parameters.get("weight")
+            if weight is None or is_lazy(weight):
+                skipped[name] = SkipReason.NO_PARAMETER
+            elif not weight.is_floating_point():
+                skipped[name] = SkipReason.NOT_FLOATING
+    for places in _sharing(modules):
+        layers = [wanted.get(n) if k == "weight" and n not in skipped else None for n, k in places]
+        weights = [layer and layer.weights for layer in layers]
         if any(w != weights[0] for w in weights):
-            for name in names:
-                if name in wanted:
+            for name, key in places:
+                if key == "weight" and name in wanted:
                     skipped.setdefault(name, SkipReason.SHARED_WEIGHT)
     return skipped
 
 
-def _sharing(modules: dict[str, nn.Module]) -> list[list[str]]:
-    """Return the groups of modules whose ``weight`` is one parameter."""
-    holders: dict[int, list[str]] = {}
+def _sharing(modules: dict[str, nn.Module]) -> list[list[tuple[str, str]]]:
+    """Return for every parameter that is held more than once its holders: module and key."""
+    holders: dict[int, list[tuple[str, str]]] = {}
     for name, module in modules.items():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            holders.setdefault(id(weight), []).append(name)
-    return [names for names in holders.values() if len(names) > 1]
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((name, key))
+    return [places for places in holders.values() if len(places) > 1]
 
 
 def describe_scheme(layer: SchemeConfig) -> str:

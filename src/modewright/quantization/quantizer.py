@@ -8,6 +8,9 @@ scale from the tensor it is given, so that a model with quantizers always runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -18,6 +21,9 @@ from modewright.formats.grouping import Grouping
 from modewright.formats.integer import integer_format
 from modewright.quantization.algorithms.max import max_scale
 from modewright.quantization.config import QuantizerConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Quantizer(nn.Module):
@@ -44,11 +50,6 @@ class Quantizer(nn.Module):
         self.observer: RangeObserver | None = None
         self.register_buffer("scale", None)
         self.register_buffer("zero_point", None)
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether calibration must watch the tensor: it is not dynamic and has no scale yet."""
-        return not self.config.dynamic and self.scale is None
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return what remains of ``tensor`` in low precision: same shape, dtype and device."""
@@ -90,6 +91,16 @@ class Quantizer(nn.Module):
         parts += [str(self.config.group_size)] * (self.config.group_size is not None)
         parts += ["dynamic"] * self.config.dynamic
         return " ".join(parts)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move the scales with the model, but keep them float32 when it is cast."""
+
+        def move(buffer: torch.Tensor) -> torch.Tensor:
+            moved = fn(buffer)
+            return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _set(self, scale: torch.Tensor, zero_point: torch.Tensor | None) -> None:
         if not torch.isfinite(scale).all():

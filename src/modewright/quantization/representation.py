@@ -54,3 +54,15 @@ class SchemeConfig(Settings):
     weights: QuantizerConfig | None = None
     input_activations: QuantizerConfig | None = None
     output_activations: QuantizerConfig | None = None
+
+    @model_validator(mode="after")
+    def _fits_tensors(self) -> SchemeConfig:
+        if self.weights is not None and self.weights.granularity == "token":
+            raise ValueError("weights have no tokens: choose 'tensor', 'channel' or 'group'")
+        for name in ("input_activations", "output_activations"):
+            quantizer = getattr(self, name)
+            if quantizer is not None and quantizer.granularity not in ("tensor", "token"):
+                raise ValueError(
+                    f"{name} can share scales by 'tensor' or 'token', not {quantizer.granularity!r}"
+                )
+        return self

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from modewright.quantization.config import SchemeConfig
+from modewright.quantization.layers import channel_axis
 
 SCALE_BITS = 16
 
@@ -31,7 +32,7 @@ def packed_bytes(model: nn.Module, layers: Mapping[str, Any]) -> int:
         weight = model.get_submodule(name)._parameters["weight"]
         if weights is None or weight is None:
             continue
-        channels = weight.shape[0]
+        channels = weight.shape[channel_axis(model.get_submodule(name))]
         inputs = weight.numel() // max(channels, 1)
         groups = {"tensor": 1, "channel": channels}.get(weights.granularity)
         if groups is None:
