@@ -117,7 +117,7 @@ def test_no_patterns_match_nothing_and_are_no_error() -> None:
         ("model.layers.0.mlp.donw_proj", "model.layers.0.mlp.down_proj"),
         ("*.q_porj", "model.layers.0.self_attn.q_proj"),
         ("*.mlp.dwon_proj", "mlp.down_proj"),
-        ("*.layernorm", "model.layers.0.input_layernorm"),
+        ("*.layernorm", "LayerNorm"),
         ("Liner", "Linear"),
         ("nn.Linaer", "Linear"),
         ("torch.nn.Embeding", "Embedding"),
@@ -136,8 +136,7 @@ def test_an_error_names_what_was_probably_meant(pattern: str, meant: str) -> Non
     assert message.startswith("`ignore` of mode 'quantize'")
     assert repr(pattern) in message
     first = message.split("nearest: ")[1].split(",")[0].strip("')\n ")
-    assert meant in message
-    assert first == meant or first.endswith(meant) or meant in first, message
+    assert meant in first, message
 
 
 def test_an_error_names_every_pattern_that_matched_nothing_and_none_that_did() -> None:

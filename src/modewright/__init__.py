@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from modewright import errors
     from modewright.api import (
         apply_mode,
+        check_mode,
         inspect,
         is_converted,
         last_mode,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     )
     from modewright.builtin_modes import default_registry, register_mode
     from modewright.modes.config import ModeConfig
-    from modewright.modes.contract import check_mode
     from modewright.modes.descriptor import ModeDescriptor
     from modewright.modes.registry import ModeRegistry
     from modewright.modes.searcher import BaseSearcher
@@ -56,7 +56,7 @@ _HOME = {
     "default_registry": "builtin_modes",
     "register_mode": "builtin_modes",
     "ModeConfig": "modes.config",
-    "check_mode": "modes.contract",
+    "check_mode": "api",
     "ModeDescriptor": "modes.descriptor",
     "ModeRegistry": "modes.registry",
     "BaseSearcher": "modes.searcher",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,14 @@ from torch import nn
 from modewright.builtin_modes import default_registry
 from modewright.modes import apply as _apply
 from modewright.modes import checkpoint as _checkpoint
+from modewright.modes import contract as _contract
 from modewright.modes import planning as _planning
 from modewright.modes.checkpoint import Inspection, Verification
 from modewright.modes.model_like import all_modules, unwrap
 from modewright.modes.planning import Plan
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.state import ModeState, require_state_at_root, set_state, state_of
-from modewright.modes.steps import ModeKwargs, Modes
+from modewright.modes.steps import ConfigLike, ModeKwargs, Modes
 
 if TYPE_CHECKING:
     from modewright.quantization.config import QuantizeConfig
@@ -211,6 +212,46 @@ def remove_mode_state(model: nn.Module) -> None:
     """Forget which modes were applied; the model itself stays as they left it."""
     root, _ = unwrap(model)
     set_state(root, None)
+
+
+def check_mode(
+    mode: str,
+    make_model: Callable[[], nn.Module],
+    run: Callable[[nn.Module], Any],
+    *,
+    config: ConfigLike = None,
+    mode_kwargs: dict[str, Any] | None = None,
+    before: Modes = None,
+    before_kwargs: ModeKwargs = None,
+    registry: ModeRegistry | None = None,
+) -> list[str]:
+    """Put a registered mode through everything that the engine promises its users about modes.
+
+    Whoever writes a mode calls this in a test and expects an empty list.
+
+    Args:
+        mode: The mode's name.
+        make_model: Builds the unmodified model, the same one at every call (seed it).
+        run: Runs a model and returns a tensor, or a nest of tensors.
+        config: The mode's config.
+        mode_kwargs: What its ``convert`` needs besides.
+        before: Modes that must come first.
+        before_kwargs: What those need.
+        registry: Where the modes are looked up; the default registry if left out.
+
+    Returns:
+        What is wrong, in sentences; an empty list if nothing is.
+    """
+    return _contract.check_mode(
+        mode,
+        make_model,
+        run,
+        registry=_or_default(registry),
+        config=config,
+        mode_kwargs=mode_kwargs,
+        before=before,
+        before_kwargs=before_kwargs,
+    )
 
 
 def quantize(

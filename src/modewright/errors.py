@@ -83,12 +83,14 @@ class SearchError(ModewrightError, RuntimeError):
     """A search is not supported by the mode, or its constraints cannot be met."""
 
 
-def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
+def nearest(
+    name: str, candidates: Iterable[str], limit: int = 3, *, likeness: float = 0.4
+) -> list[str]:
     """Return up to ``limit`` candidates that look most like ``name``, best first."""
-    return get_close_matches(name, list(candidates), n=limit, cutoff=0.4)
+    return get_close_matches(name, list(candidates), n=limit, cutoff=likeness)
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return `` Did you mean 'a', 'b'?`` or an empty string: the last sentence of a message."""
-    found = nearest(name, candidates)
+    found = nearest(name, candidates, likeness=0.6)
     return f" Did you mean {', '.join(repr(c) for c in found)}?" if found else ""

@@ -129,7 +129,7 @@ def test_progress_is_told_after_each_batch(data: object, totals: list[int | None
 
 @pytest.mark.parametrize("empty", [[], (), iter([])], ids=["list", "tuple", "iterator"])
 def test_no_batches_is_an_error_that_explains_iterators(empty: object) -> None:
-    with pytest.raises(DataError, match="no batches.*pass a list"):
+    with pytest.raises(DataError, match=r"no batches.*pass a list"):
         run_calibration(Recorder(), empty)
 
 

@@ -80,7 +80,7 @@ def test_compatibility_with_a_name_is_looked_up_in_the_registry_of_the_mode() ->
     first, second = make_mode("first", next_modes=frozenset()), make_mode("second")
     registry = ModeRegistry([first, second])
 
-    with pytest.raises(IncompatibleModeError, match="only nothing may follow"):
+    with pytest.raises(IncompatibleModeError, match="nothing may follow"):
         registry["second"].assert_compatibility_as_next_mode_of("first")
 
 

@@ -112,7 +112,9 @@ def test_name_must_be_a_non_empty_string(name: object) -> None:
         ModeRegistry([make_mode(name)])
 
 
-@pytest.mark.parametrize("mode", ["gain", object(), int, None], ids=repr)
+@pytest.mark.parametrize(
+    "mode", ["gain", object(), int, None], ids=["name", "object", "class", "none"]
+)
 def test_only_descriptors_can_be_registered(mode: Any) -> None:
     with pytest.raises(ConfigError, match="ModeDescriptor"):
         ModeRegistry().register(mode)

@@ -259,7 +259,7 @@ def test_folder_and_foreign_file_are_no_search_checkpoints(
         search(space, checkpoint=tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("bound", [float("inf"), object(), {1}], ids=str)
+@pytest.mark.parametrize("bound", [float("inf"), object(), {1}], ids=["infinity", "object", "set"])
 def test_bound_that_cannot_be_written_down_is_a_config_error(
     bound: Any, space: nn.Module, tmp_path: Path
 ) -> None:

@@ -1,225 +1,327 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layer gets which scheme, and what is said about those that get none."""
+"""Rules: which layer gets which scheme, what is skipped and why, which patterns are refused."""
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import orthogonal
 
 import modewright
-from modewright.errors import ConfigError, MatchError
-from modewright.quantization.config import QuantizeConfig
-from modewright.quantization.planning import LayerPlan, SkipReason, plan_layers
+from modewright.errors import MatchError
+from modewright.quantization.layers import QuantizedLayer
+from modewright.quantization.planning import SkipReason
 
 
-class Own(nn.Linear):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
-        return super().forward(input) + 1
+class OwnForward(nn.Linear):
+    """Bypasses whatever the base class does with its weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.t()
 
 
-class Model(nn.Module):
+class Tied(nn.Module):
+    """A head that shares its weight with the embedding."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(8, 4)
-        self.up = nn.Linear(4, 8)
-        self.norm = nn.LayerNorm(8)
-        self.conv = nn.Conv1d(8, 8, 1)
-        self.down = nn.Linear(8, 4)
-        self.head = nn.Linear(4, 8, bias=False)
+        self.embed = nn.Embedding(6, 4)
+        self.fc = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.fc(self.embed(ids)))
 
 
-def planned(model: nn.Module | None = None, **fields: Any) -> LayerPlan:
-    return plan_layers(model or Model(), QuantizeConfig(**fields))
-
-
-def bits(plan: LayerPlan) -> dict[str, int | None]:
-    return {n: s.weights.num_bits if s.weights else None for n, s in plan.schemes.items()}
-
-
-def test_linear_and_convolution_layers_are_the_default() -> None:
-    assert bits(planned()) == {"up": 8, "conv": 8, "down": 8, "head": 8}
-
-
-def test_ignore_leaves_layers_alone() -> None:
-    assert bits(planned(ignore=["head", "Conv1d"])) == {"up": 8, "down": 8}
-
-
-def test_targets_may_name_an_embedding() -> None:
-    assert bits(planned(targets=["Embedding", "down"])) == {"embedding": 8, "down": 8}
-
-
-def test_later_rules_win_and_change_only_what_they_say() -> None:
-    plan = planned(
-        scheme="w8a8",
-        rules=[
-            {"targets": ["Linear"], "weights": {"num_bits": 4}},
-            {"targets": ["down"], "weights": {"group_size": 2, "symmetric": False}},
-            {"targets": ["Linear"], "ignore": ["up"], "input_activations": {"enable": False}},
-        ],
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)),
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
+        nn.Linear(4, 2),
     )
 
-    assert bits(plan) == {"up": 4, "conv": 8, "down": 4, "head": 4}
-    down = plan.schemes["down"].weights
-    assert down is not None
-    assert (down.granularity, down.group_size, down.symmetric) == ("group", 2, False)
-    assert plan.schemes["up"].input_activations is not None
-    assert plan.schemes["down"].input_activations is None
+
+def quantize(model: nn.Module, **config: Any) -> dict[str, Any]:
+    """Apply mode ``quantize``; return its metadata."""
+    modewright.apply_mode(model, [("quantize", config)])
+    metadata: dict[str, Any] = modewright.mode_state(model)["modes"][0]["metadata"]
+    return metadata
 
 
-def test_a_rule_may_take_another_scheme_or_none() -> None:
-    plan = planned(
-        scheme="w8a16",
-        rules=[
-            {"targets": ["up"], "scheme": "none"},
-            {"targets": ["embedding"], "scheme": "w4a16"},
-        ],
-    )
-
-    assert bits(plan) == {"embedding": 4, "conv": 8, "down": 8, "head": 8}
-
-
-def test_rules_alone_may_pick() -> None:
-    plan = planned(scheme="none", rules=[{"targets": ["up"], "scheme": "w4a16"}])
-
-    assert bits(plan) == {"up": 4}
-
-
-def test_a_rule_may_switch_on_what_the_scheme_leaves_off() -> None:
-    plan = planned(
-        scheme="w8a16", rules=[{"targets": ["up"], "output_activations": {"num_bits": 6}}]
-    )
-
-    output = plan.schemes["up"].output_activations
-    assert output is not None
-    assert (output.num_bits, output.granularity, output.dynamic) == (6, "tensor", False)
-
-
-@pytest.mark.parametrize(
-    ("fields", "where", "nearest"),
-    [
-        ({"targets": ["Linaer"]}, "`targets`", "Linear"),
-        ({"ignore": ["haed"]}, "`ignore`", "head"),
-        ({"rules": [{"targets": ["dwon"], "scheme": "none"}]}, "`rules[0].targets`", "down"),
-        (
-            {"rules": [{"targets": ["down"], "ignore": ["upp"], "scheme": "none"}]},
-            "`rules[0].ignore`",
-            "up",
-        ),
-    ],
-    ids=["targets", "ignore", "rule targets", "rule ignore"],
-)
-def test_a_pattern_that_matches_nothing_is_an_error(
-    fields: dict[str, Any], where: str, nearest: str
-) -> None:
-    with pytest.raises(MatchError) as caught:
-        planned(**fields)
-
-    assert where in str(caught.value)
-    assert nearest in str(caught.value)
-
-
-def test_a_pattern_that_matches_only_what_cannot_be_quantized_is_an_error() -> None:
-    with pytest.raises(MatchError, match="matches only LayerNorm, which cannot be quantized"):
-        planned(targets=["norm"])
-
-
-def test_a_model_with_nothing_to_quantize_is_an_error() -> None:
-    with pytest.raises(MatchError, match="would quantize nothing"):
-        planned(nn.Sequential(nn.ReLU()))
-
-
-def test_unmatched_patterns_may_be_reported_instead() -> None:
-    plan = planned(ignore=["lm_head"], on_unmatched="report")
-
-    assert plan.unmatched == ("lm_head",)
-    assert "pattern 'lm_head' matches nothing to quantize" in plan.lines()
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"scheme": "w8a9"}, "There is no scheme 'w8a9'. Did you mean 'w8a8'"),
-        ({"rules": [{"targets": ["up"], "scheme": "w5"}]}, "There is no scheme 'w5'"),
-        ({"ingore": ["head"]}, "Did you mean 'ignore'"),
-        ({"rules": [{"targets": []}]}, "rules.0.targets"),
-        ({"rules": [{"targets": ["up"], "weights": {"num_bits": 9}}]}, "less than or equal to 8"),
-    ],
-    ids=["scheme", "scheme of a rule", "typo", "no targets", "bits"],
-)
-def test_a_config_that_does_not_validate_is_an_error(fields: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        modewright.apply_mode(Model(), ("quantize", fields))
-
-    assert words in str(caught.value)
-
-
-def test_a_rule_that_contradicts_its_scheme_is_an_error() -> None:
-    rule = {"targets": ["up"], "input_activations": {"dynamic": False}}
-
-    with pytest.raises(ConfigError, match="needs dynamic=True") as caught:
-        planned(scheme="w8a8", rules=[rule])
-
-    assert "rules[0]" in str(caught.value)
-
-
-def skips(model: nn.Module, **fields: Any) -> dict[str, SkipReason]:
-    return planned(model, **fields).skipped
-
-
-def test_a_layer_with_a_forward_of_its_own_is_skipped() -> None:
-    patched = nn.Linear(2, 2)
-    patched.forward = lambda data: data  # type: ignore[method-assign]
-    model = nn.Sequential(Own(2, 2), patched, nn.Linear(2, 2))
-
-    assert skips(model) == {"0": SkipReason.OWN_FORWARD, "1": SkipReason.OWN_FORWARD}
-
-
-@pytest.mark.parametrize(
-    ("parent", "expected"),
-    [
-        (nn.MultiheadAttention(4, 2), {"0.out_proj"}),
-        (nn.TransformerEncoderLayer(4, 2, 8), {"0.self_attn.out_proj", "0.linear1", "0.linear2"}),
-    ],
-    ids=["attention", "encoder layer"],
-)
-def test_a_layer_that_its_parent_reads_without_calling_is_skipped(
-    parent: nn.Module, expected: set[str]
-) -> None:
-    skipped = skips(nn.Sequential(parent, nn.Linear(4, 4)))
-
-    assert set(skipped) == expected
-    assert set(skipped.values()) == {SkipReason.READ_BY_PARENT}
-
-
-def test_a_weight_of_integers_is_skipped() -> None:
-    layer = nn.Linear(2, 2)
-    layer.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int32), requires_grad=False)
-
-    assert skips(nn.Sequential(layer, nn.Linear(2, 2))) == {"0": SkipReason.NOT_FLOATING}
-
-
-def test_layers_that_share_a_weight_are_quantized_together_or_not_at_all() -> None:
-    model = Model()
-    model.head.weight = model.embedding.weight
-
-    assert skips(model) == {"head": SkipReason.SHARED_WEIGHT}
-    assert skips(model, targets=["Linear", "Embedding"]) == {}
-    different = [{"targets": ["head"], "weights": {"num_bits": 4}}]
-    assert set(skips(model, targets=["Linear", "Embedding"], rules=different)) == {
-        "head",
-        "embedding",
+def weight_bits(metadata: dict[str, Any]) -> dict[str, int | None]:
+    return {
+        name: layer["weights"] and layer["weights"]["num_bits"]
+        for name, layer in metadata["layers"].items()
     }
 
 
-def test_the_plan_is_told_in_words() -> None:
-    model = Model()
-    model.head.weight = model.embedding.weight
-    lines = planned(model, scheme="w4a16").lines()
+def skipped(metadata: dict[str, Any]) -> dict[str, str]:
+    return {entry["module"]: entry["reason"] for entry in metadata["skipped"]}
 
-    assert lines == [
-        "3 layers: int4 weights in groups of 64 (up, conv, down)",
-        f"skips head: {SkipReason.SHARED_WEIGHT.value}",
-    ]
+
+def quantized(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        pytest.param({}, {"0.0": 8, "0.2": 8, "1.0": 8, "2": 8}, id="all linear layers"),
+        pytest.param({"targets": ["0.*"]}, {"0.0": 8, "0.2": 8}, id="targets"),
+        pytest.param({"ignore": ["2", "0.*"]}, {"1.0": 8}, id="ignore"),
+        pytest.param({"targets": ["Linear"], "ignore": ["[01].*"]}, {"2": 8}, id="both"),
+        pytest.param(
+            {"rules": [{"targets": ["0.*"], "scheme": "w4a16"}]},
+            {"0.0": 4, "0.2": 4, "1.0": 8, "2": 8},
+            id="rule",
+        ),
+        pytest.param(
+            {
+                "rules": [
+                    {"targets": ["*"], "scheme": "w4a16"},
+                    {"targets": ["2"], "weights": {"num_bits": 6}},
+                ]
+            },
+            {"0.0": 4, "0.2": 4, "1.0": 4, "2": 6},
+            id="later rules win",
+        ),
+        pytest.param(
+            {"rules": [{"targets": ["*"], "ignore": ["0.*"], "weights": {"num_bits": 3}}]},
+            {"0.0": 8, "0.2": 8, "1.0": 3, "2": 3},
+            id="exceptions of a rule",
+        ),
+        pytest.param(
+            {"rules": [{"targets": ["2"], "scheme": "none"}]},
+            {"0.0": 8, "0.2": 8, "1.0": 8},
+            id="scheme none",
+        ),
+        pytest.param(
+            {"scheme": "none", "rules": [{"targets": ["2"], "scheme": "w4a16"}]},
+            {"2": 4},
+            id="nothing but what rules pick",
+        ),
+        pytest.param(
+            {"targets": [], "rules": [{"targets": ["2"], "weights": {"num_bits": 5}}]},
+            {"2": 5},
+            id="no targets but those of rules",
+        ),
+        pytest.param(
+            {"targets": ["2"], "rules": [{"targets": ["1.0"], "scheme": "w4a16"}]},
+            {"1.0": 4, "2": 8},
+            id="a rule reaches beyond targets",
+        ),
+        pytest.param(
+            {"ignore": ["2"], "rules": [{"targets": ["2", "1.0"], "scheme": "w4a16"}]},
+            {"0.0": 8, "0.2": 8, "1.0": 4},
+            id="ignore wins over rules",
+        ),
+    ],
+)
+def test_which_layers_get_which_scheme(config: dict[str, Any], expected: dict[str, int]) -> None:
+    model = network()
+    metadata = quantize(model, **{"scheme": "w8a16", **config})
+    assert weight_bits(metadata) == expected
+    assert quantized(model) == set(expected)
+    for name, bits in expected.items():
+        assert model.get_submodule(name).weight_quantizer.config.num_bits == bits
+
+
+def test_each_quantizer_of_a_layer_can_be_set_alone() -> None:
+    model = network()
+    rule = {
+        "targets": ["2"],
+        "weights": {"enable": False},
+        "input_activations": {"granularity": "tensor", "num_bits": 4, "symmetric": False},
+        "output_activations": {"enable": True},
+    }
+    quantize(model, scheme="w8a8", rules=[rule])
+    layer = model[2]
+    assert layer.weight_quantizer is None
+    assert str(layer.input_quantizer) == "Quantizer(uint4 tensor dynamic)"
+    assert str(layer.output_quantizer) == "Quantizer(int8 tensor)"
+    assert str(model[1][0].weight_quantizer) == "Quantizer(int8 channel)"
+
+
+def test_a_subclass_with_its_own_forward_is_skipped() -> None:
+    model = nn.Sequential(OwnForward(4, 4), nn.Linear(4, 4))
+    assert skipped(quantize(model)) == {"0": SkipReason.OWN_FORWARD}
+    assert quantized(model) == {"1"}
+
+
+def test_a_layer_whose_forward_was_patched_is_skipped() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].forward = types.MethodType(lambda self, x: x, model[0])
+    assert skipped(quantize(model)) == {"0": SkipReason.OWN_FORWARD}
+
+
+def test_children_whose_parent_reads_their_weight_are_skipped() -> None:
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(4, 2),
+            "encoder": nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+            "decoder": nn.TransformerDecoderLayer(4, 2, 8),
+        }
+    )
+    metadata = quantize(model)
+    by_attention = {
+        f"{name}out_proj"
+        for name in ("attention.", "encoder.self_attn.", "decoder.self_attn.",
+                     "decoder.multihead_attn.")
+    }  # fmt: skip
+    by_encoder = {"encoder.linear1", "encoder.linear2"}
+    assert skipped(metadata) == dict.fromkeys(by_attention | by_encoder, SkipReason.READ_BY_PARENT)
+    assert quantized(model) == {"decoder.linear1", "decoder.linear2"}
+
+
+def test_a_layer_with_integer_weights_is_skipped() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    assert skipped(quantize(model)) == {"0": SkipReason.NOT_FLOATING}
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_a_layer_whose_weight_is_no_parameter_is_skipped(scheme: str) -> None:
+    model = nn.Sequential(orthogonal(nn.Linear(4, 4)), nn.LazyLinear(4), nn.Linear(4, 4))
+    expected = dict.fromkeys(("0", "1"), SkipReason.NO_PARAMETER)
+    assert skipped(quantize(model, scheme=scheme)) == expected
+
+
+def test_a_pruned_layer_is_skipped() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    assert skipped(quantize(model)) == {"0": SkipReason.NO_PARAMETER}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({}, id="the embedding is no target"),
+        pytest.param({"targets": ["embed", "fc"]}, id="the head is no target"),
+        pytest.param(
+            {
+                "targets": ["Embedding", "Linear"],
+                "rules": [{"targets": ["head"], "scheme": "w4a16"}],
+            },
+            id="another scheme",
+        ),
+    ],
+)
+def test_a_shared_weight_that_is_not_quantized_alike_is_skipped(config: dict[str, Any]) -> None:
+    model = Tied()
+    metadata = quantize(model, **config)
+    assert quantized(model) == {"fc"}
+    assert set(skipped(metadata).values()) == {SkipReason.SHARED_WEIGHT}
+
+
+def test_a_weight_that_a_module_holds_by_another_name_is_skipped() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.table = model[0].weight
+    assert skipped(quantize(model)) == {"0": SkipReason.SHARED_WEIGHT}
+    assert quantized(model) == {"1"}
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16", "w8a8_static"])
+def test_a_tied_embedding_and_head_are_quantized_together_and_stay_tied(scheme: str) -> None:
+    model, ids = Tied(), torch.tensor([[0, 1, 5]])
+    modewright.quantize(
+        model, scheme, calibration=[ids], config={"targets": ["Embedding", "Linear"]}
+    )
+    assert quantized(model) == {"embed", "fc", "head"}
+    assert model.embed.weight is model.head.weight
+    table, weight = model.embed.quantized_weight(), model.head.quantized_weight()
+    assert torch.equal(table, weight)
+    modewright.apply_mode(model, "export_quantize")
+    assert model.embed.weight is model.head.weight
+    assert torch.equal(model.embed.weight, weight)
+
+
+def test_a_shared_weight_stays_shared_where_only_inputs_are_quantized() -> None:
+    model = Tied()
+    rules = [{"targets": ["head"], "input_activations": {"enable": True, "dynamic": True}}]
+    metadata = quantize(model, scheme="none", rules=rules)
+    assert not metadata["skipped"]
+    modewright.apply_mode(model, "export_quantize")
+    assert model.embed.weight is model.head.weight
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        pytest.param({"ignore": ["lm_head"]}, ["`ignore`", "'lm_head'"], id="ignore"),
+        pytest.param({"targets": ["Liner"]}, ["`targets`", "'Linear'"], id="targets"),
+        pytest.param(
+            {"rules": [{"targets": ["*"]}, {"targets": ["0.O"]}]},
+            ["`rules[1].targets`", "'0.0'"],
+            id="targets of a rule",
+        ),
+        pytest.param(
+            {"rules": [{"targets": ["*"], "ignore": ["0.7"]}]},
+            ["`rules[0].ignore`", "'0.7'", "'0.0'"],
+            id="exceptions of a rule",
+        ),
+        pytest.param(
+            {"targets": ["LayerNorm", "ReLU"]}, ["only LayerNorm", "Linear"], id="not supported"
+        ),
+        pytest.param(
+            {"targets": ["Linear", "0.1"]}, ["'0.1' matches only LayerNorm"], id="one of several"
+        ),
+        pytest.param({"targets": ["1"]}, ["only Sequential", "'.*'"], id="container"),
+        pytest.param({"scheme": "none"}, ["quantize nothing"], id="no scheme"),
+        pytest.param({"ignore": ["*"]}, ["quantize nothing"], id="all ignored"),
+        pytest.param({"targets": []}, ["quantize nothing"], id="no targets"),
+    ],
+)
+def test_a_pattern_without_effect_is_an_error_before_anything_changes(
+    config: dict[str, Any], words: list[str]
+) -> None:
+    model = network()
+    with pytest.raises(MatchError, match="quantize") as caught:
+        modewright.apply_mode(model, [("quantize", config)])
+    for word in words:
+        assert word in str(caught.value)
+    assert not quantized(model)
+    assert not modewright.is_converted(model)
+
+
+def test_patterns_without_effect_can_be_reported_instead() -> None:
+    model = network()
+    metadata = quantize(
+        model,
+        targets=["Linear", "Liner", "LayerNorm"],
+        ignore=["lm_head"],
+        rules=[{"targets": ["nowhere"], "ignore": ["neither"], "scheme": "none"}],
+        on_unmatched="report",
+    )
+    assert metadata["unmatched"] == ["Liner", "LayerNorm", "nowhere", "neither", "lm_head"]
+    assert quantized(model) == {"0.0", "0.2", "1.0", "2"}
+
+
+def test_a_model_without_layers_to_quantize_is_an_error() -> None:
+    with pytest.raises(MatchError, match="quantize nothing"):
+        modewright.quantize(nn.Sequential(nn.ReLU()), "w8a8")
+
+
+def test_a_plan_says_what_is_quantized_skipped_and_unmatched() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1), OwnForward(4, 4), nn.Linear(4, 4))
+    config = {
+        "scheme": "w8a8",
+        "rules": [{"targets": ["3"], "scheme": "w4a16"}],
+        "ignore": ["head"],
+        "on_unmatched": "report",
+    }
+    text = str(modewright.plan(model, [("quantize", config)]))
+    for part in (
+        "int8 weights per channel, int8 inputs per token (dynamic) (0)",
+        "int8 weights per channel, int8 inputs per tensor (dynamic) (1)",
+        "int4 weights in groups of 64 (3)",
+        f"skips 2: {SkipReason.OWN_FORWARD.value}",
+        "'head' matches nothing",
+    ):
+        assert part in text
+    assert not quantized(model)

@@ -41,7 +41,7 @@ def test_a_recipe_passes_through() -> None:
     recipe = load_recipe("w8a8")
 
     assert load_recipe(recipe) is recipe
-    assert load_recipe(recipe.model_dump()) == recipe
+    assert load_recipe(recipe.model_dump()).model_dump() == recipe.model_dump()
 
 
 GOOD = """\
@@ -77,7 +77,7 @@ def test_a_file_is_read_and_named_after_itself(tmp_path: Path) -> None:
         (("mode: max_calibrate", "mod: max_calibrate"), 4, "there is no such field"),
         (("calibration:", "calibratoin:"), 5, "Did you mean 'calibration'"),
         (("steps:", "summary: x\nsteps: []\nold:"), 2, "at least 1 item"),
-        (("    config: {scheme: w8a8}\n", "    config: 3\n"), 3, "dictionary"),
+        (("    config: {scheme: w8a8}\n", "    config: 3\n"), 3, "a mapping was expected"),
     ],
     ids=["typo", "range", "type", "step key", "top-level typo", "no steps", "config"],
 )
@@ -146,3 +146,18 @@ def test_no_text_does_anything_but_load_or_raise_a_config_error(
         outcome = error
 
     assert isinstance(outcome, (Recipe, ConfigError))
+
+
+def test_a_step_may_be_a_name_alone(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "steps: [quantize, max_calibrate]\n"))
+
+    assert recipe.modes() == [("quantize", {}), ("max_calibrate", {})]
+
+
+def test_a_place_is_a_file_and_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    recipe = load_recipe(path)
+
+    assert recipe.place("steps", 0, "config") == f"{path}:3"
+    assert recipe.place("steps", 1, "config") == f"{path}:4"
+    assert load_recipe({"name": "x", "steps": ["quantize"]}).place("steps", 0) == "recipe 'x'"

@@ -78,7 +78,7 @@ def test_fallbacks_resumed_steps_and_checks_are_shown(result: Result) -> None:
     checks = (Check(name="loss increase", limit=0.1, value=0.25),)
     shown = text_of(replace(result, steps=(replace(step, resumed=True),), checks=checks))
 
-    for words in ("instead of gptq", "no data", "earlier run", "MISSED"):
+    for words in ("fallback for gptq", "no data", "earlier run", "MISSED"):
         assert words in shown
 
 

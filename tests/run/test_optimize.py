@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from modewright.errors import (
     IncompatibleModeError,
     MatchError,
 )
-from modewright.run import optimize as subject
-from modewright.run import progress
+from modewright.run import progress, stages
 from modewright.run.optimize import dry_run, optimize
+from modewright.run.subject import open_subject
 from support.language_models import tiny_recipe
 
 
@@ -302,7 +303,7 @@ def test_progress_of_another_recipe_is_not_used(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(subject._Run, "save", interrupt)
+        patch.setattr(stages.Run, "save", interrupt)
         with pytest.raises(KeyboardInterrupt):
             optimize(mlp(), _weight_only(), output=output)
     recipe = _weight_only()
@@ -331,7 +332,7 @@ def test_an_earlier_output_is_replaced_and_a_foreign_folder_is_not(tmp_path: Pat
 def test_a_restoration_that_differs_is_an_error_and_leaves_no_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = subject.restore
+    real = stages.restore
 
     def restore_wrongly(*arguments: Any, **keywords: Any) -> nn.Module:
         model = real(*arguments, **keywords)
@@ -339,7 +340,7 @@ def test_a_restoration_that_differs_is_an_error_and_leaves_no_output(
             next(model.parameters()).add_(1e-6)
         return model
 
-    monkeypatch.setattr(subject, "restore", restore_wrongly)
+    monkeypatch.setattr(stages, "restore", restore_wrongly)
 
     with pytest.raises(CheckpointError, match="other outputs"):
         optimize(mlp(), _weight_only(), output=tmp_path / "output")
@@ -347,17 +348,20 @@ def test_a_restoration_that_differs_is_an_error_and_leaves_no_output(
 
 
 def test_calibration_and_evaluation_share_no_window(llama: Path, text: Path) -> None:
-    run = subject._Run(
-        modewright.load_recipe(tiny_recipe(text)), modewright.default_registry, subject._silent
+    run = stages.Run(
+        modewright.load_recipe(tiny_recipe(text)), modewright.default_registry, lambda *now: None
     )
-    opened = subject.open_subject(llama, registry=modewright.default_registry)
+    opened = open_subject(llama, registry=modewright.default_registry)
 
     data = run.load_data(opened, None, None)
 
-    assert isinstance(data.calibration, list)
-    assert data.windows is not None
-    used = {tuple(batch.flatten().tolist()) for batch in data.calibration}
-    assert used.isdisjoint(tuple(window.tolist()) for window in data.windows)
+    assert data.calibration is not None
+    assert data.evaluation is not None
+    batches = data.calibration.for_mode()
+    assert isinstance(batches, Sequence)
+    used = {tuple(batch.flatten().tolist()) for batch in batches}
+    assert len(batches) == len(data.evaluation) == 4
+    assert used.isdisjoint(tuple(window.tolist()) for window in data.evaluation)
 
 
 def test_dry_run_changes_nothing_and_says_what_would_happen(llama: Path, text: Path) -> None:
@@ -372,7 +376,7 @@ def test_dry_run_changes_nothing_and_says_what_would_happen(llama: Path, text: P
 
 
 def test_text_needs_a_tokenizer(text: Path) -> None:
-    opened = subject.open_subject(mlp(), registry=modewright.default_registry)
+    opened = open_subject(mlp(), registry=modewright.default_registry)
 
     with pytest.raises(DataError, match="tokenizer"):
         opened.encode()
@@ -380,8 +384,88 @@ def test_text_needs_a_tokenizer(text: Path) -> None:
 
 def test_a_skeleton_takes_no_memory_and_is_restored_like_the_model() -> None:
     model = Teller()
-    opened = subject.open_subject(model, registry=modewright.default_registry)
+    opened = open_subject(model, registry=modewright.default_registry)
 
     assert opened.skeleton is not None
     assert all(p.is_meta for p in opened.skeleton.parameters())
     assert not any(p.is_meta for p in model.parameters())
+
+
+def test_data_that_no_mode_looked_at_is_not_recorded() -> None:
+    recipe = _weight_only()
+    unused = optimize(Teller(), recipe, calibration=[WINDOWS[:1]], evaluation=WINDOWS)
+    recipe["steps"][0]["config"]["scheme"] = "w8a8_static"
+    used = optimize(Teller(), recipe, calibration=[WINDOWS[:1]], evaluation=WINDOWS)
+
+    assert unused.calibration is None
+    assert used.calibration is not None
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("  - mode: max_calibrat\n", "Did you mean 'max_calibrate'"),
+        ("  - mode: quantize\n    config: {shceme: w8a8}\n", "Did you mean 'scheme'"),
+        ("  - mode: quantize\n    fallback: [nothing]\n", "no mode 'nothing'"),
+    ],
+    ids=["mode", "config", "fallback"],
+)
+def test_a_mistake_in_a_step_names_file_and_line_before_the_model_is_loaded(
+    tmp_path: Path, step: str, words: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nsteps:\n" + step)
+
+    with pytest.raises(ConfigError) as caught:
+        optimize("no/such/model", path)
+
+    assert f"{path}:{3 if 'max' in step else 4}: " in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_a_dry_run_takes_the_fallback_that_the_run_would_take(llama: Path, text: Path) -> None:
+    steps = [
+        {
+            "mode": "quantize",
+            "config": {"targets": ["nothing.like.it"]},
+            "fallback": [
+                {"mode": "quantize", "config": {"scheme": "w8a16", "ignore": ["lm_head"]}}
+            ],
+        },
+        "max_calibrate",
+    ]
+
+    plan = dry_run(llama, tiny_recipe(text, steps=steps))
+
+    assert plan.ok
+    assert "fallback for quantize, which is not possible" in str(plan)
+    assert [step.mode for step in plan.steps] == ["quantize", "max_calibrate"]
+
+
+def test_modes_that_only_this_process_knows_are_restored_in_this_process(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    class Config(modewright.ModeConfig):
+        """Nothing to set."""
+
+    class Noop(modewright.ModeDescriptor[Config]):
+        """Do nothing."""
+
+        name = "noop"
+        config_class = Config
+
+        def convert(self, model: nn.Module, config: Config) -> tuple[nn.Module, dict[str, Any]]:
+            return model, {}
+
+        def restore(self, model: nn.Module, config: Config, metadata: dict[str, Any]) -> nn.Module:
+            return model
+
+    registry = modewright.default_registry.copy()
+    registry.register(Noop)
+
+    result = optimize(
+        llama, tiny_recipe(text, steps=["noop"]), output=tmp_path / "out", registry=registry
+    )
+
+    assert result.restored_identical
+    assert result.restored_in == "this process"

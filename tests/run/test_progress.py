@@ -57,9 +57,22 @@ def test_publishing_replaces_an_earlier_output_at_once(tmp_path: Path) -> None:
     output = tmp_path / "out"
     for content in ("old", "new"):
         progress = Progress(output, content)
-        progress.result_folder.mkdir()
-        (progress.result_folder / "mode_state.json").write_text(content)
-        progress.publish()
+        with progress.result_folder() as folder:
+            folder.mkdir()
+            (folder / "mode_state.json").write_text(content)
+            progress.publish()
 
     assert (output / "mode_state.json").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_lost_between_two_renames_is_put_back(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    Progress(output, "one")
+    replaced = tmp_path / "out.partial" / "replaced"
+    replaced.mkdir()
+    (replaced / "mode_state.json").write_text("old")
+
+    Progress(output, "two")
+
+    assert (output / "mode_state.json").read_text() == "old"

@@ -14,7 +14,7 @@ from types import TracebackType
 import click
 
 from modewright._version import __version__
-from modewright.errors import ModewrightError
+from modewright.errors import ModewrightError, did_you_mean
 
 VERBS: dict[str, str] = {
     "optimize": "Optimize a model by a recipe; prove and measure what comes out.",
@@ -33,7 +33,7 @@ class _Verbs(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
-            return None
+            ctx.fail(f"There is no command {cmd_name!r}.{did_you_mean(cmd_name, VERBS)}")
         module = importlib.import_module(f"modewright.cli.{cmd_name}")
         command: click.Command = module.command
         return command
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nInterrupted. The same command goes on from what was finished.", err=True)
+        click.echo("\nInterrupted.", err=True)
         code = 130
     except ModewrightError as error:
         if "--debug" in given:

@@ -43,15 +43,21 @@ def command(
         if dry_run:
             plan = plan_run(model, loaded, on_progress=display)
         else:
-            result = optimize(model, loaded, output=output, on_progress=display)
+            try:
+                result = optimize(model, loaded, output=output, on_progress=display)
+            except KeyboardInterrupt:
+                if output is not None:
+                    click.echo("\nThe same command goes on from what was finished.", err=True)
+                raise
     if dry_run:
         click.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
         return 0 if plan.ok else 2
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
-    else:
-        console = Console()
-        console.print(result_table(result))
-        if output is not None:
-            console.print(f"Written to {output}", highlight=False, soft_wrap=True)
+        return 0 if result.ok else 1
+    console = Console()
+    console.print(result_table(result))
+    written = "Nothing was written: --output names a folder to keep the model in."
+    written = written if output is None else f"Written to {output}"
+    console.print(written, highlight=False, soft_wrap=True)
     return 0 if result.ok else 1

@@ -16,6 +16,8 @@ def command(name: str | None, as_json: bool) -> int:
     import yaml
     from rich.console import Console
 
+    from modewright.builtin_modes import default_registry
+    from modewright.recipes.checking import check_steps
     from modewright.recipes.loader import load_recipe, recipe_names
     from modewright.reports.modes import recipes_table
 
@@ -26,6 +28,8 @@ def command(name: str | None, as_json: bool) -> int:
         else:
             Console().print(recipes_table(recipes))
         return 0
-    data = load_recipe(name).model_dump(mode="json")
+    recipe = load_recipe(name)
+    check_steps(recipe, default_registry)
+    data = recipe.model_dump(mode="json")
     click.echo(json.dumps(data, indent=2) if as_json else yaml.safe_dump(data, sort_keys=False))
     return 0

@@ -23,7 +23,7 @@ from modewright.modes.config import ModeConfig
 from modewright.modes.descriptor import ModeDescriptor
 from modewright.modes.model_like import ModelLike, all_modules, as_model, rewrapped, unwrap
 from modewright.modes.registry import ModeRegistry
-from modewright.modes.sequence import Position, check_sequence
+from modewright.modes.sequence import Position, check_restorable, check_sequence
 from modewright.modes.snapshot import Snapshot
 from modewright.modes.state import (
     ModeRecord,
@@ -56,8 +56,10 @@ def apply_mode(
     modules = all_modules(root) if isinstance(root, nn.Module) else []
     state = _initial_state(root, modules, init_state)
     position = Position.after_all(record.descriptor for record in state)
-    check_sequence(position, [step.mode for step in steps], registry)
-    _check_model_like(root, [step.mode for step in steps])
+    modes = [step.mode for step in steps]
+    check_sequence(position, modes, registry)
+    check_restorable([*position.history, *modes])
+    check_model_like(root, modes)
     if steps and isinstance(root, nn.Module):
         steps[0].mode.preview(root, steps[0].config)  # finds patterns that match nothing
     if not steps:
@@ -86,7 +88,7 @@ def restore_records(
     _initial_state(root, modules, init_state=True)
     modes = [record.descriptor for record in state]
     check_sequence(Position(), modes)
-    _check_model_like(root, modes)
+    check_model_like(root, modes)
     return _Run(root, modules, ModeState(), len(state), atomic).restore(state)
 
 
@@ -125,14 +127,15 @@ class _Run:
             return self._finished()
 
     def _convert(self, step: Step) -> None:
-        seed = torch.initial_seed()
+        asked = checked_json(step.config, step.mode.name)
+        seed = (torch.initial_seed() + len(self.state)) % 2**63  # another one for every mode
         with _seeded(seed):
             result = step.mode.convert(self._input, step.config, **step.kwargs)
         converted, config, metadata = _parts(result, step)
         self._take(converted, "convert")
         record = ModeRecord(
             descriptor=step.mode,
-            config=checked_json(config, step.mode.name),
+            config=asked if config is step.config else checked_json(config, step.mode.name),
             metadata=checked_metadata(metadata, step.mode.name),
             provenance=Provenance(
                 seed=seed, owner=f"{type(step.mode).__module__}.{type(step.mode).__qualname__}"
@@ -257,7 +260,12 @@ def _initial_state(
     return state or ModeState()
 
 
-def _check_model_like(root: nn.Module | ModelLike, modes: Sequence[ModeDescriptor[Any]]) -> None:
+def check_model_like(root: nn.Module | ModelLike, modes: Sequence[ModeDescriptor[Any]]) -> None:
+    """Check that a mode that wants the model's recipe gets it.
+
+    Raises:
+        IncompatibleModeError: The model is built by then.
+    """
     for index, mode in enumerate(modes):
         if mode.require_model_like and (index > 0 or isinstance(root, nn.Module)):
             raise IncompatibleModeError(

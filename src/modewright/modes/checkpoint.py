@@ -276,7 +276,7 @@ def _check_fit(
     names = {*weights, *aliases}
     problems = [f"  {n}: missing in the checkpoint" for n in expected if n not in names]
     problems += [f"  {n}: not in the model" for n in sorted(names) if n not in expected]
-    for name in names & set(expected):
+    for name in [n for n in expected if n in names]:
         theirs, own = weights[aliases.get(name, name)], expected[name]
         if not isinstance(own, torch.Tensor):
             problems.append(f"  {name}: a {type(own).__name__} in the model, which is not restored")

@@ -97,6 +97,8 @@ def describe_validation(error: ValidationError, fields: list[str] | None = None)
             hint = did_you_mean(str(problem["loc"][-1]), names) if len(problem["loc"]) == 1 else ""
             known = f" Known: {', '.join(names)}." if names and len(problem["loc"]) == 1 else ""
             lines.append(f"  {path}: there is no such field.{hint}{known}")
+        elif problem["type"] == "value_error":
+            lines.append(f"  {path}: {problem['ctx']['error']}")
         else:
             received = repr(problem["input"])
             received = received if len(received) <= 80 else received[:77] + "..."

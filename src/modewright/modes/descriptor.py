@@ -206,9 +206,9 @@ class ModeDescriptor(ABC, Generic[C]):
             other = self._registry[other]
         allowed, prohibited = other.next_modes, other.next_prohibited_modes
         if allowed is not None and self.name not in allowed:
-            may = ", ".join(repr(n) for n in sorted(allowed)) or "nothing"
+            may = f"only {', '.join(repr(n) for n in sorted(allowed))}" if allowed else "nothing"
             raise IncompatibleModeError(
-                f"Mode {self.name!r} cannot follow {other.name!r}: only {may} may follow it."
+                f"Mode {self.name!r} cannot follow {other.name!r}: {may} may follow it."
             )
         if prohibited is not None and self.name in prohibited:
             raise IncompatibleModeError(

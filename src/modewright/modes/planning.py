@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from modewright.errors import ModewrightError
+from modewright.modes.apply import check_model_like
 from modewright.modes.config import build_config
 from modewright.modes.descriptor import ModeDescriptor
-from modewright.modes.model_like import ModelLike, as_model, unwrap
+from modewright.modes.model_like import ModelLike, all_modules, as_model, unwrap
 from modewright.modes.registry import ModeRegistry, check_rules
-from modewright.modes.sequence import Position
-from modewright.modes.state import state_of
+from modewright.modes.sequence import Position, check_restorable
+from modewright.modes.state import require_state_at_root, state_of
 from modewright.modes.steps import BareMode, ConfigLike, Modes, resolve_mode, split_modes
 from modewright.modes.traits import trait_names
 
@@ -100,7 +101,10 @@ def plan(model: object, mode: Modes, *, registry: ModeRegistry) -> Plan:
     root = None if model is None else as_model(model)
     if isinstance(root, nn.Module):
         root, _ = unwrap(root)
-    state = state_of(root) if isinstance(root, nn.Module) else None
+    state = None
+    if isinstance(root, nn.Module):
+        require_state_at_root(root, all_modules(root))
+        state = state_of(root)
     applied = [record.descriptor for record in state or ()]
     position = Position.after_all(applied)
     pairs = split_modes(mode)
@@ -141,6 +145,9 @@ def _planned(
         validated = build_config(descriptor.config_class, value, where=f"mode {name!r}")
         config = validated.to_json()
         position.check(descriptor, registry)
+        check_restorable([*position.history, descriptor])
+        if root is not None:
+            check_model_like(root, [descriptor])
         if isinstance(root, nn.Module):
             effects = tuple(descriptor.preview(root, validated))
     except ModewrightError as error:

@@ -143,6 +143,11 @@ class ModeRegistry(Mapping[str, AnyMode]):
                 modes[name] = self[name]
         return {n: m for n, m in modes.items() if m.technique == technique}
 
+    def is_found_anywhere(self, name: str) -> bool:
+        """Whether another process finds the mode too, without registering it by hand."""
+        row = self._find(name)
+        return row.is_plugin or row.summary is not None
+
     def loaded(self) -> list[AnyMode]:
         """Return the modes that can be had without importing a plug-in."""
         return [self._load(n, row) for n, row in self._rows.items() if not row.is_plugin]
@@ -219,7 +224,8 @@ class ModeRegistry(Mapping[str, AnyMode]):
                 )
             if row.is_plugin:
                 check_rules(descriptor, self._rows)
-            descriptor._registry = self
+            if descriptor._registry is None:
+                descriptor._registry = self
             row.descriptor = descriptor
         return row.descriptor
 

@@ -165,6 +165,27 @@ def check_sequence(
     return position
 
 
+def check_restorable(modes: Sequence[AnyMode]) -> None:
+    """Check that what is saved of a sequence could be restored by itself.
+
+    Modes with ``save_mode_in_state = False`` are not saved, so nothing that is may depend on them.
+
+    Raises:
+        IncompatibleModeError: A saved mode may not follow the saved ones before it.
+    """
+    saved = [mode for mode in modes if mode.save_mode_in_state]
+    if len(saved) == len(modes):
+        return
+    try:
+        check_sequence(Position(), saved)
+    except IncompatibleModeError as error:
+        left_out = _list([m for m in modes if not m.save_mode_in_state], "", "")
+        raise IncompatibleModeError(
+            f"A saved state could not be restored: {left_out} would not be in it "
+            f"(save_mode_in_state = False), and without: {error}"
+        ) from error
+
+
 def _distinct(*modes: AnyMode | None) -> list[AnyMode]:
     return list({id(m): m for m in modes if m is not None}.values())
 

@@ -155,10 +155,10 @@ class ModeState:
 
     def for_saving(self, model: nn.Module) -> ModeState:
         """Return the log as it is saved: the last record brought up to date, transient ones out."""
-        records = self.records
-        if records:
-            records = (*records[:-1], records[-1].edited(model, "update_for_save"))
-        return ModeState(tuple(r for r in records if r.descriptor.save_mode_in_state))
+        saved = tuple(r for r in self.records if r.descriptor.save_mode_in_state)
+        if saved:
+            saved = (*saved[:-1], saved[-1].edited(model, "update_for_save"))
+        return ModeState(saved)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the log as plain data that shares nothing with it."""

@@ -29,6 +29,8 @@ HEADER_KEY = "modewright"
 MANIFEST_NAME = "mode_state.json"
 INDEX_NAME = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+# Names that promise another format: no folder is made under them by mistake.
+FOREIGN_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".gguf", ".onnx", ".json")
 MAX_MANIFEST_BYTES = 256 * 2**20
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -44,6 +46,19 @@ READ_ERRORS = (
     RuntimeError,
     OverflowError,
 )
+
+
+def require_checkpoint_name(path: Path) -> None:
+    """Check that ``path`` can be the name of a checkpoint that is to be written.
+
+    Raises:
+        CheckpointError: It ends like a file of another format, or is a file where a folder must be.
+    """
+    if path.suffix.lower() in FOREIGN_SUFFIXES or (not is_single_file(path) and path.is_file()):
+        raise CheckpointError(
+            f"{path} cannot be written: a checkpoint is a file whose name ends in {SUFFIX}, or a "
+            "folder."
+        )
 
 
 def is_single_file(path: Path) -> bool:
@@ -64,6 +79,7 @@ def write_checkpoint(path: Path, manifest: Manifest, tensors: Tensors, *, plain:
     Raises:
         CheckpointError: The path cannot be written to.
     """
+    require_checkpoint_name(path)
     try:
         if is_single_file(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +186,8 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST_NAME
     try:
         if not file.is_file():
-            what = "does not exist" if not path.exists() else f"holds no {MANIFEST_NAME}"
+            what = "is a file of another kind" if path.is_file() else f"holds no {MANIFEST_NAME}"
+            what = what if path.exists() else "does not exist"
             raise CheckpointError(
                 f"{where} {what}: expected a .safetensors file or a folder that modewright.save "
                 "wrote."

@@ -10,7 +10,7 @@ from torch import nn
 
 from modewright.calibration.forward import OnBatch, run_calibration
 from modewright.calibration.statistics import RangeObserver
-from modewright.errors import DataError
+from modewright.errors import CheckpointError, DataError
 from modewright.quantization.config import MaxCalibrateConfig, QuantizeConfig, SchemeConfig
 from modewright.quantization.layers import (
     QuantizedLayer,
@@ -40,8 +40,23 @@ def quantize(model: nn.Module, config: QuantizeConfig) -> tuple[nn.Module, Metad
 def restore_quantize(model: nn.Module, metadata: Metadata) -> nn.Module:
     """Put the recorded quantizers back, without scales."""
     for name, scheme in metadata["layers"].items():
-        insert_quantizers(model.get_submodule(name), SchemeConfig.model_validate(scheme))
+        insert_quantizers(_layer(model, name), SchemeConfig.model_validate(scheme))
     return model
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    """Return a submodule that the record names.
+
+    Raises:
+        CheckpointError: The model has none of that name.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"The record names the layer {name!r}, but this {type(model).__name__} has none of "
+            "that name: it is of another architecture."
+        ) from error
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -127,7 +142,7 @@ def restore_scales(model: nn.Module, metadata: Metadata) -> nn.Module:
     """Make room for the scales that the checkpoint holds."""
     layers = quantized_layers(model)
     for name, shape in metadata["scales"].items():
-        quantizer = cast(Quantizer, model.get_submodule(name))
+        quantizer = cast(Quantizer, _layer(model, name))
         layer = layers[name.rpartition(".")[0]]
         quantizer.allocate((int(shape[0]), int(shape[1])), layer.weight.device)
     return model
@@ -165,5 +180,5 @@ def export_quantize(model: nn.Module) -> tuple[nn.Module, Metadata]:
 def restore_export(model: nn.Module, metadata: Metadata) -> nn.Module:
     """Remove the quantizers; the folded weights come from the checkpoint."""
     for name in metadata["layers"]:
-        remove_quantizers(cast(QuantizedLayer, model.get_submodule(name)))
+        remove_quantizers(cast(QuantizedLayer, _layer(model, name)))
     return model

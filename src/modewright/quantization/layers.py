@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from modewright.quantization.config import QuantizerConfig, SchemeConfig
+from modewright.errors import ConfigError
 from modewright.quantization.quantizer import Quantizer
+from modewright.quantization.representation import QuantizerConfig, SchemeConfig
 
 QUANTIZER_NAMES = ("weight_quantizer", "input_quantizer", "output_quantizer")
 
@@ -185,7 +186,10 @@ def insert_quantizers(module: nn.Module, scheme: SchemeConfig) -> QuantizedLayer
     """Change a supported layer's class in place and give it the quantizers of ``scheme``."""
     base = supported_base(module)
     if base is None:
-        raise TypeError(f"{type(module).__name__} is not a layer that can be quantized")
+        raise ConfigError(
+            f"A {type(module).__name__} cannot be quantized; supported: "
+            f"{', '.join(cls.__name__ for cls in QUANTIZED_CLASSES)}."
+        )
     cls = quantized_class(type(module), base)  # type: ignore[arg-type]
     module.__class__ = cls
     layer = cast(QuantizedLayer, module)

@@ -59,7 +59,10 @@ class LayerPlan:
         groups: dict[str, list[str]] = {}
         for name, layer in self.schemes.items():
             groups.setdefault(describe_scheme(layer), []).append(name)
-        lines = [f"{len(names)} layers: {text} ({_some(names)})" for text, names in groups.items()]
+        lines = [
+            f"{len(names)} layer{'s' * (len(names) > 1)}: {text} ({_some(names)})"
+            for text, names in groups.items()
+        ]
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             by_reason.setdefault(reason.value, []).append(name)

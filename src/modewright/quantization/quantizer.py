@@ -20,7 +20,7 @@ from modewright.formats.affine import fake_quantize, scale_from_range
 from modewright.formats.grouping import Grouping
 from modewright.formats.integer import integer_format
 from modewright.quantization.algorithms.max import max_scale
-from modewright.quantization.config import QuantizerConfig
+from modewright.quantization.representation import QuantizerConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self

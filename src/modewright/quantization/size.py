@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from modewright.quantization.config import SchemeConfig
 from modewright.quantization.layers import channel_axis
+from modewright.quantization.representation import SchemeConfig
 
 SCALE_BITS = 16
 

@@ -18,6 +18,12 @@ MAX_PLACES = 10_000
 MAX_DEPTH = 32
 
 _Place = tuple["str | int", ...]
+# What pydantic says of Python's types, said of YAML's.
+_WORDS = {
+    "tuple_type": "a list was expected",
+    "dict_type": "a mapping was expected",
+    "model_type": "a mapping was expected, such as `mode: NAME`, or a name alone",
+}
 
 
 def recipe_names() -> list[str]:
@@ -65,19 +71,25 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
 
 def _validated(data: dict[str, Any], lines: dict[_Place, int], where: str) -> Recipe:
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         problems = []
-        for problem in error.errors(include_url=False):
-            place = tuple(problem["loc"])
+        found = error.errors(include_url=False)
+        places = [tuple(problem["loc"]) for problem in found]
+        for problem, place in zip(found, places, strict=True):
+            inner = any(p[: len(place)] == place and len(p) > len(place) for p in places)
+            if problem["type"] == "too_short" and inner:
+                continue  # pydantic counts only the items that are valid
             line = _line(lines, place)
             path = ".".join(str(part) for part in place) or "the whole recipe"
-            said = problem["msg"]
+            said = _WORDS.get(problem["type"], problem["msg"])
             if problem["type"] == "extra_forbidden":
                 said = f"there is no such field.{did_you_mean(str(place[-1]), _fields(place))}"
             at = f"{where}:{line}" if line else where
             problems.append(f"  {at}: {path}: {said}")
         raise ConfigError("The recipe is not valid:\n" + "\n".join(problems)) from error
+    recipe._origin, recipe._lines = where if lines else "", lines
+    return recipe
 
 
 def _fields(place: _Place) -> list[str]:
@@ -113,7 +125,8 @@ def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[_Place, int]]:
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"The recipe {where} is not valid YAML: {error}") from error
+        said = str(error).replace('"<unicode string>"', where)
+        raise ConfigError(f"The recipe {where} is not valid YAML: {said}") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(
             f"The recipe {where} must be a mapping with the keys {', '.join(Recipe.model_fields)}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 
 class _Part(BaseModel):
@@ -26,13 +26,18 @@ class TextData(_Part):
 
 
 class RecipeStep(_Part):
-    """One mode, and what to do if it fails."""
+    """One mode, and what to do if it fails; a mode without either may be written as its name."""
 
     mode: str = Field(description="Name of the mode.")
     config: dict[str, Any] = Field(default_factory=dict, description="The mode's config.")
     fallback: tuple[RecipeStep, ...] = Field(
         default=(), description="Modes to apply instead if this one cannot be applied."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"mode": value} if isinstance(value, str) else value
 
 
 class Checks(_Part):
@@ -60,6 +65,17 @@ class Recipe(_Part):
         default=TextData(), description="Text to measure quality on; never shared with calibration."
     )
     checks: Checks = Field(default=Checks(), description="What the result must satisfy.")
+
+    # Where the recipe was read from, and the line of everything in it; empty if from no file.
+    _origin: str = PrivateAttr(default="")
+    _lines: dict[tuple[str | int, ...], int] = PrivateAttr(default_factory=dict)
+
+    def place(self, *path: str | int) -> str:
+        """Return ``FILE:LINE`` of a field, or ``recipe NAME`` if it was read from no file."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self._lines:
+                return f"{self._origin}:{self._lines[path[:end]]}"
+        return self._origin or f"recipe {self.name!r}"
 
     def modes(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the steps as ``apply_mode`` and ``plan`` take them."""

@@ -88,7 +88,9 @@ def _fields(cls: type[BaseModel]) -> list[dict[str, str]]:
         {
             "field": name,
             "type": _type_name(info.annotation),
-            "default": "(required)" if info.is_required() else repr(info.default),
+            "default": "(required)"
+            if info.is_required()
+            else repr(info.get_default(call_default_factory=True)),
             "description": info.description or "",
         }
         for name, info in cls.model_fields.items()
@@ -126,5 +128,6 @@ def _type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Annotated:
         return _type_name(typing.get_args(annotation)[0])
     text = str(annotation).replace("typing.", "").replace("NoneType", "None")
+    text = re.sub(r"Optional\[(.+)\]$", r"\1 | None", text)
     text = re.sub(r"Annotated\[(\w+),[^\]]*\]", r"\1", text)
     return re.sub(r"modewright(\.\w+)*\.", "", text)

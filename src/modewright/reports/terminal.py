@@ -29,7 +29,7 @@ def result_table(result: Result) -> Table:
     for step in result.steps:
         note = " (earlier run)" if step.resumed else ""
         if step.fallback_for is not None:
-            note += f" (instead of {step.fallback_for})"
+            note += f" (fallback for {step.fallback_for})"
         table.add_row(escape(step.name + note), seconds(step.seconds), size(step.peak_memory))
     total = sum(step.seconds for step in result.steps)
     peak = max(step.peak_memory for step in result.steps)
@@ -58,7 +58,7 @@ def _add_quality(table: Table, result: Result) -> None:
     if result.packed_size is not None:
         table.add_row("weights if packed", "", size(result.packed_size))
         table.caption = (
-            "Low precision is simulated: weights are saved in their original dtype, with the scales "
+            "Low precision is simulated: weights are saved in their original dtype, with scales "
             "beside them or folded in. Packed is what they would take in that many bits."
         )
     if before is not None and after is not None:
@@ -78,7 +78,7 @@ def inspection_table(inspection: Inspection) -> Table:
     table.add_column(no_wrap=True)
     table.add_column()
     table.add_row("written by", f"modewright {escape(inspection.modewright_version)}")
-    tied = f" ({len(inspection.tied)} tied names besides)" if inspection.tied else ""
+    tied = f" (and {len(inspection.tied)} tied to one of these)" if inspection.tied else ""
     table.add_row("tensors", f"{inspection.tensors}{tied}")
     table.add_row("bytes", size(inspection.bytes))
     for dtype, count in sorted(inspection.bytes_by_dtype.items()):

@@ -7,6 +7,7 @@ weights, runs the probe and writes the logits, which are then compared bit for b
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,14 @@ def fresh_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         save_file({"tokens": tokens.contiguous()}, probe)
         command = [sys.executable, "-m", __name__, str(folder), str(probe), str(answer)]
         command.append(str(torch.get_num_threads()))
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        paths = os.pathsep.join(path for path in sys.path if path)  # finds what this one finds
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
         if done.returncode != 0 or not answer.is_file():
             words = (done.stderr or done.stdout).strip().splitlines()[-8:]
             raise CheckpointError(

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,9 @@ class Progress:
             return
         require_replaceable(output)
         self._folder = output.with_name(f"{output.name}.partial")
+        replaced = self._folder / "replaced"
+        if replaced.exists() and not output.exists():  # killed between the two renames
+            replaced.rename(output)
         known = self._read()
         if known.get("fingerprint") != fingerprint:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -67,10 +73,14 @@ class Progress:
         """Whether an earlier run left something to go on from."""
         return len(self._data) > 1
 
-    @property
-    def result_folder(self) -> Path:
-        """Where the output is put together."""
-        return self._folder / "result"
+    @contextmanager
+    def result_folder(self) -> Iterator[Path]:
+        """Lend the folder in which the output is put together; a temporary one without output."""
+        if self._output is not None:
+            yield self._folder / "result"
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "result"
 
     def baseline(self) -> tuple[LanguageQuality, torch.Tensor] | None:
         """Return what an earlier run measured of the original model."""
@@ -119,7 +129,7 @@ class Progress:
         old = self._folder / "replaced"
         if self._output.exists():
             self._output.rename(old)
-        self.result_folder.rename(self._output)
+        (self._folder / "result").rename(self._output)
         shutil.rmtree(self._folder)
 
     def _read(self) -> dict[str, Any]:

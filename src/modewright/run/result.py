@@ -125,4 +125,16 @@ class Result:
                 data[name] = {**asdict(quality), "perplexity": quality.perplexity}
         data["loss_increase"] = self.loss_increase
         data["ok"] = self.ok
-        return data
+        finite: dict[str, Any] = _finite(data)
+        return finite
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON data in which numbers that JSON lacks are strings."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return str(value)
+    return value

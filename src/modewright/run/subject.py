@@ -49,6 +49,14 @@ class Subject:
         """Return a digest that changes when the model does; reads every weight of an object."""
         return self.files_digest or _weights_digest(self.model)
 
+    def unmodified(self, folder: Path) -> nn.Module:
+        """Return the model as it was, to restore onto; weights are missing."""
+        if self.skeleton is not None:
+            return self.skeleton
+        from modewright.integrations.transformers import build_from_config
+
+        return build_from_config(folder).eval()
+
     def encode(self) -> Callable[[str], list[int]]:
         """Return the function from text to token ids.
 

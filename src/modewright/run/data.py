@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data of a run: what modes may look at, and what quality is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modewright.calibration.text import Split, fingerprint, load_documents, make_windows
+from modewright.recipes.schema import Recipe, TextData
+from modewright.run.subject import Subject
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Calibration and evaluation data.
+
+    Attributes:
+        calibration: Batches, or a function that runs the model; ``None`` if there is none.
+        evaluation: Token windows int64 ``[windows, length]``; ``None`` if there are none.
+    """
+
+    calibration: CalibrationData | None = None
+    evaluation: torch.Tensor | None = None
+
+    @property
+    def probe(self) -> torch.Tensor | None:
+        """One window, to compare outputs on."""
+        return None if self.evaluation is None else self.evaluation[:1]
+
+
+class CalibrationData:
+    """Batches or a function, with a fingerprint, that remembers whether any mode looked at it.
+
+    Args:
+        source: Batches, or a function that runs the model.
+        mark: The fingerprint, if it is known.
+    """
+
+    def __init__(self, source: object, mark: str | None = None) -> None:
+        if isinstance(source, Iterable) and not isinstance(source, Sequence):
+            source = list(source)
+        if mark is None and isinstance(source, Sequence):
+            mark = fingerprint(source)
+        self._source = source
+        self.fingerprint = mark
+        self.was_used = False
+
+    def for_mode(self) -> object:
+        """Return what a mode gets: something that can be iterated, or called, as the source can."""
+        if isinstance(self._source, Sequence):
+            return _Watched(self._source, self._note_use)
+        if callable(self._source):
+            function = self._source
+
+            def run(model: Any) -> Any:
+                self._note_use()
+                return function(model)
+
+            return run
+        return self._source
+
+    def _note_use(self) -> None:
+        self.was_used = True
+
+
+class _Watched(Sequence[Any]):
+    """A sequence that tells when it is read."""
+
+    def __init__(self, items: Sequence[Any], on_use: Callable[[], None]) -> None:
+        self._items, self._on_use = items, on_use
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        self._on_use()
+        return self._items[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        self._on_use()
+        return iter(self._items)
+
+
+def load_data(
+    recipe: Recipe,
+    subject: Subject,
+    *,
+    uses_calibration: bool,
+    calibration: object = None,
+    evaluation: torch.Tensor | None = None,
+) -> RunData:
+    """Cut calibration and evaluation windows from text, or take what the caller brings.
+
+    Raises:
+        DataError: The text cannot be read, or there is too little of it.
+    """
+    if evaluation is None and subject.tokenizer is not None:
+        evaluation = _windows(subject, recipe.evaluation, "evaluation")
+    data: CalibrationData | None = None
+    if uses_calibration and calibration is not None:
+        data = CalibrationData(calibration)
+    elif uses_calibration and subject.tokenizer is not None:
+        tokens = _windows(subject, recipe.calibration, "calibration")
+        data = CalibrationData([tokens[i : i + 1] for i in range(len(tokens))], fingerprint(tokens))
+    return RunData(data, evaluation)
+
+
+def _windows(subject: Subject, text: TextData, split: Split) -> torch.Tensor:
+    documents = load_documents(text.source, split)
+    return make_windows(
+        documents, subject.encode(), length=text.length, count=text.windows, seed=text.seed
+    )
