@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import modewright
 from modewright.api import is_converted, last_mode, mode_state
 from modewright.errors import ApplyModeError, ConfigError, IncompatibleModeError, UnknownModeError
 from modewright.modes.apply import apply_mode
@@ -381,6 +382,15 @@ def test_distributed_data_parallel_is_looked_through(registry: ModeRegistry) -> 
 
     assert apply_mode(wrapper, "gain", registry=registry) is wrapper
     assert is_converted(wrapper.module)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_replaced_parameters_in_distributed_data_parallel_are_said() -> None:
+    wrapper = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4)))
+    modewright.quantize(wrapper, "w8a16")
+
+    with pytest.warns(UserWarning, match="wrap it anew"):
+        modewright.apply_mode(wrapper, "export_quantize")
 
 
 def test_compiled_model_is_looked_through(registry: ModeRegistry) -> None:

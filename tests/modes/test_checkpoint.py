@@ -399,7 +399,7 @@ def test_path_that_cannot_be_written_is_a_checkpoint_error(tmp_path: Path) -> No
         tmp_path / "x.safetensors",
         tmp_path / ("n" * 300 + ".safetensors"),
     ):
-        with pytest.raises(CheckpointError, match="(cannot|could not) be written"):
+        with pytest.raises(CheckpointError, match=r"(cannot|could not) be written"):
             save(MLP.make(), path)
     assert files_in(tmp_path) == ["file", "x.safetensors"]
 

@@ -8,6 +8,7 @@ the model is put back as it was.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from modewright.modes.state import (
 )
 from modewright.modes.steps import ModeKwargs, Modes, Step, resolve_steps
 
+_REDUCING = nn.parallel.DistributedDataParallel
+
 
 def apply_mode(
     model: object,
@@ -65,7 +68,10 @@ def apply_mode(
     if not steps:
         built = root.build() if isinstance(root, ModelLike) else root
         return rewrapped(holder, built)
-    return rewrapped(holder, _Run(root, modules, state, len(steps), atomic).apply(steps))
+    reduced = list(root.parameters()) if isinstance(holder, _REDUCING) else []
+    converted = _Run(root, modules, state, len(steps), atomic).apply(steps)
+    _warn_of_stale_reduction(reduced, converted)
+    return rewrapped(holder, converted)
 
 
 def restore_records(
@@ -237,6 +243,18 @@ class _Undo:
         return (
             f"The model is as it was, except for the values of {names}: the mode declares "
             "writes_in_place = False but wrote into them."
+        )
+
+
+def _warn_of_stale_reduction(reduced: list[nn.Parameter], converted: nn.Module) -> None:
+    """Say so if gradients of new parameters would not be averaged over processes."""
+    known = {id(parameter) for parameter in reduced}
+    if known and any(id(parameter) not in known for parameter in converted.parameters()):
+        warnings.warn(
+            "The modes replaced parameters of a model in DistributedDataParallel, which averages "
+            "the gradients of those it was made with. Before training on, wrap it anew: "
+            "DistributedDataParallel(model.module).",
+            stacklevel=4,
         )
 
 
