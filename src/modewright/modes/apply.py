@@ -68,7 +68,7 @@ def apply_mode(
     if not steps:
         built = root.build() if isinstance(root, ModelLike) else root
         return rewrapped(holder, built)
-    reduced = list(root.parameters()) if isinstance(holder, _REDUCING) else []
+    reduced = list(holder.parameters()) if isinstance(holder, _REDUCING) else []
     converted = _Run(root, modules, state, len(steps), atomic).apply(steps)
     _warn_of_stale_reduction(reduced, converted)
     return rewrapped(holder, converted)
