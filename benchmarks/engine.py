@@ -245,7 +245,7 @@ def peer_figures(python: str, repeat: int) -> Figures | None:
 
 def table(own: Figures, peer: Figures | None) -> str:
     """Return the figures for people."""
-    head = f"{'':52}{'modewright':>12}{'peer':>12}{'ratio':>8}{'per module':>14}"
+    head = f"{'':52}{'modewright':>12}{'peer':>14}{'ratio':>8}{'per module':>12}"
     lines = [head, "-" * len(head)]
     for what, value in own.items():
         name, _, modules = what.partition("/")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 
 import pytest
@@ -15,9 +16,9 @@ def test_a_peak_in_between_is_seen() -> None:
 
     with Meter(interval=0.001) as meter:
         before = meter.peak_memory
-        block = bytearray(b"x" * (64 << 20))
-        seen.wait(0.05)
-        del block
+        with mmap.mmap(-1, 64 << 20) as block:  # pages of its own, never ones that were freed
+            block.write(b"x" * len(block))
+            seen.wait(0.05)
 
     assert meter.peak_memory >= before + (32 << 20)
     assert meter.seconds > 0
