@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class Manifest:
             "schema_version": SCHEMA_VERSION,
             "modewright_version": self.modewright_version,
             "state": self.state,
-            "tensors": {name: asdict(entry) for name, entry in self.tensors.items()},
+            "tensors": {name: vars(entry) for name, entry in self.tensors.items()},
             "aliases": self.aliases,
         }
         return dumps({**body, "sha256": _digest(body)})

@@ -63,12 +63,15 @@ class Snapshot:
         ]
         self._contents = [container.copy() for container in self._filled]
         self._tensors = _plain_tensors(self._dicts)
-        self._tensors += [g for g in map(_grad, self._tensors) if g.__class__ is torch.Tensor]
-        self._data = [tensor.data for tensor in self._tensors]
         self._leaves = list(map(attrgetter("is_leaf"), self._tensors))
+        self._grads = _grads(self._tensors, self._leaves)
+        gradients = [grad for grad in self._grads if grad.__class__ is torch.Tensor]
+        self._tensors += gradients
+        self._leaves += map(attrgetter("is_leaf"), gradients)
+        self._grads += map(_grad, gradients)
+        self._data = [tensor.data for tensor in self._tensors]
         self._requires_grad = list(map(attrgetter("requires_grad"), self._tensors))
-        self._grads = list(map(_grad, self._tensors))
-        self._versions = list(map(_version, self._tensors))
+        self._versions = _versions(self._tensors)
         self._values = torch._foreach_clone(self._data) if values and self._data else None
 
     def __enter__(self) -> Snapshot:
@@ -125,7 +128,7 @@ class Snapshot:
         dirty = {
             id(tensor)
             for tensor, version in zip(self._tensors, self._versions, strict=True)
-            if tensor._version != version
+            if _version(tensor) != version
         }
         if not dirty:
             return []
@@ -161,6 +164,19 @@ def _plain_tensors(dicts: Iterable[dict[str, Any]]) -> list[torch.Tensor]:
 
 def _grad(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor.grad if tensor.is_leaf else None
+
+
+def _grads(tensors: list[torch.Tensor], leaves: list[bool]) -> list[torch.Tensor | None]:
+    if all(leaves):  # nearly always, and several times as fast
+        return list(map(attrgetter("grad"), tensors))
+    return list(map(_grad, tensors))
+
+
+def _versions(tensors: list[torch.Tensor]) -> list[int]:
+    try:
+        return list(map(attrgetter("_version"), tensors))
+    except RuntimeError:  # tensors made in inference mode keep none
+        return list(map(_version, tensors))
 
 
 def _version(tensor: torch.Tensor) -> int:
