@@ -145,7 +145,7 @@ def migrate(
             raise CheckpointError(f"{where}: no migration leads on from schema version {version}.")
         try:
             body = migrations[version](body)
-        except Exception as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{where} has schema version {version} and could not be migrated: it is damaged "
                 f"({type(error).__name__}: {error})."
