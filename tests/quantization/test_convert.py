@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,3 +272,23 @@ def test_a_quantizer_says_what_it_is() -> None:
     converted = modewright.quantize(model(), "w4a16")
 
     assert "Quantizer(int4 group 64)" in repr(converted)
+
+
+def test_a_model_that_is_one_layer_is_quantized_saved_and_restored(tmp_path: Path) -> None:
+    data = batches(1)[0]
+
+    def layer() -> nn.Linear:
+        torch.manual_seed(0)
+        return nn.Linear(6, 4)
+
+    plan = modewright.plan(layer(), ("quantize", {"scheme": "w4a16"}))
+    assert "the model itself" in str(plan)
+
+    converted = modewright.quantize(layer(), "w8a8_static", calibration=[data])
+    path = modewright.save(converted, tmp_path / "layer.safetensors")
+    restored = modewright.restore(layer(), path)
+
+    assert isinstance(restored, QuantizedLayer)
+    assert torch.equal(restored(data), converted(data))
+    folded = modewright.apply_mode(restored, "export_quantize")
+    assert type(folded) is nn.Linear

@@ -123,8 +123,8 @@ class _Matching:
         self, patterns: tuple[str, ...] | None, where: str, ignore: tuple[str, ...] = ()
     ) -> list[str]:
         """Return the paths of layers that can be quantized, in the order of the model."""
-        if patterns is None:
-            found = match_modules(self._modules, DEFAULT_TARGETS).names
+        if patterns is None:  # here a model that is one layer counts too; patterns name parts
+            found = match_modules(self._modules, DEFAULT_TARGETS).names | self._root_layer()
         else:
             matches = self._matches(patterns, where)
             for pattern, names in matches.by_pattern.items():
@@ -133,6 +133,10 @@ class _Matching:
             found = matches.names
         found -= self.names(ignore, where.replace("targets", "ignore"))
         return [n for n, m in self._modules.items() if n in found and supported_base(m)]
+
+    def _root_layer(self) -> frozenset[str]:
+        is_target = type(self._modules[""]).__name__ in DEFAULT_TARGETS
+        return frozenset({""}) if is_target else frozenset()
 
     def _matches(self, patterns: tuple[str, ...], where: str) -> Matches:
         if self._strict:
@@ -226,5 +230,6 @@ def describe_scheme(layer: SchemeConfig) -> str:
 
 
 def _some(names: list[str], limit: int = 3) -> str:
+    names = [name or "the model itself" for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
