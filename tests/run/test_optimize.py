@@ -469,3 +469,35 @@ def test_modes_that_only_this_process_knows_are_restored_in_this_process(
 
     assert result.restored_identical
     assert result.restored_in == "this process"
+
+
+def test_a_kept_step_that_is_damaged_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "WORTH_KEEPING_SECONDS", 0.0)
+    output = tmp_path / "output"
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.Run, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            optimize(mlp(), _weight_only(), output=output)
+    for weights in (tmp_path / "output.partial" / "modes").glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1])
+
+    result = optimize(mlp(), _weight_only(), output=output)
+
+    assert result.restored_identical
+    assert not any(step.resumed for step in result.steps)
+
+
+def test_the_packed_size_is_that_of_the_last_quantization(tmp_path: Path) -> None:
+    def packed(*schemes: str) -> int | None:
+        steps: list[object] = []
+        for scheme in schemes:
+            steps += [{"mode": "quantize", "config": {"scheme": scheme}}, "export_quantize"]
+        return optimize(mlp(), {"name": "own", "steps": steps}).packed_size
+
+    assert packed("w8a16", "w4a16") == packed("w4a16") != packed("w8a16")

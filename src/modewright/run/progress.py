@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from modewright.errors import ConfigError
+from modewright.errors import CheckpointError, ConfigError
 from modewright.evaluation.language import LanguageQuality
 from modewright.modes.checkpoint import restore, save
 from modewright.modes.registry import ModeRegistry
@@ -102,14 +102,14 @@ class Progress:
         self._write()
 
     def restored(self, model: nn.Module, registry: ModeRegistry) -> nn.Module:
-        """Return the model as the last kept step left it.
-
-        Raises:
-            CheckpointError: What was kept is damaged.
-        """
+        """Return the model as the last kept step left it; as it is if that is gone or damaged."""
         if not self.finished_steps:
             return model
-        return restore(model, self._folder / "modes", registry=registry)
+        try:
+            return restore(model, self._folder / "modes", registry=registry)
+        except CheckpointError:  # nothing is lost but time: the steps are done again
+            self.finished_steps, self.steps = 0, []
+            return model
 
     def keep_step(self, model: nn.Module, finished: int, steps: list[StepResult]) -> None:
         """Write the model after ``finished`` of the recipe's steps, if redoing them takes long."""

@@ -27,7 +27,7 @@ from modewright.modes.apply import apply_mode
 from modewright.modes.checkpoint import inspect, restore, save
 from modewright.modes.codec import dumps
 from modewright.modes.registry import ModeRegistry
-from modewright.modes.state import note_fallback, state_of
+from modewright.modes.state import ModeState, note_fallback, state_of
 from modewright.quantization.size import packed_bytes
 from modewright.recipes.schema import Recipe, RecipeStep
 from modewright.run.data import RunData, load_data
@@ -275,7 +275,7 @@ class _Timed:
 
 def _packed_size(model: nn.Module) -> int | None:
     """Return the size with quantized weights packed, if the log says that some are."""
-    for record in state_of(model) or ():
+    for record in reversed((state_of(model) or ModeState()).records):
         if record.name == "quantize":
             return packed_bytes(model, record.metadata["layers"])
     return None
