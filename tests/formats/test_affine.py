@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modewright.errors import ConfigError
-from modewright.formats.affine import dequantize, fake_quantize, quantize, scale_from_range
+from modewright.formats.affine import dequantize, fake_quantize, quantize
 from modewright.formats.integer import ALL_INTEGER_FORMATS, IntegerFormat, integer_format
 from modewright.formats.reference import fake_quantize_group
+from modewright.formats.scaling import scale_from_range
 from modewright.quantization.algorithms.max import max_scale
 
 LARGEST = torch.finfo(torch.float32).max

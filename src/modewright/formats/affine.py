@@ -19,42 +19,21 @@ from typing import Any
 
 import torch
 
+from modewright.formats.catalogue import NumberFormat, round_to
 from modewright.formats.integer import IntegerFormat
-
-
-def scale_from_range(
-    minimum: torch.Tensor, maximum: torch.Tensor, fmt: IntegerFormat
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the scale, and for an unsigned format the zero point, that cover a range.
-
-    Args:
-        minimum: Smallest value of every group, any shape.
-        maximum: Largest value of every group, same shape.
-        fmt: A signed format gives a symmetric scale, ``amax / qmax``; an unsigned one spreads its
-            codes over ``[min(minimum, 0), max(maximum, 0)]``, so that zero is exact.
-
-    Returns:
-        ``scale`` float32 and positive, ``zero_point`` float32 with integer values in
-        ``[qmin, qmax]`` or ``None``, both of the shape given.
-    """
-    minimum, maximum = minimum.float().clamp(max=0), maximum.float().clamp(min=0)
-    if fmt.signed:
-        span = torch.maximum(-minimum, maximum)
-        return _positive(span / fmt.qmax), None
-    steps = fmt.qmax - fmt.qmin
-    scale = _positive(maximum / steps - minimum / steps)  # their difference might overflow
-    zero_point = (fmt.qmin - minimum / scale).round().clamp(fmt.qmin, fmt.qmax)
-    return scale, zero_point
 
 
 def quantize(
     grouped: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
-    fmt: IntegerFormat,
+    fmt: NumberFormat,
 ) -> torch.Tensor:
-    """Return the codes of a grouped tensor: float32 with integer values, same shape."""
-    return _unbounded_codes(grouped, scale, zero_point).clamp(fmt.qmin, fmt.qmax)
+    """Return the numbers of the format that stand for a grouped tensor: float32, same shape."""
+    values = grouped.float() / scale.unsqueeze(-1)
+    if zero_point is not None:  # rounded first: the zero point is a whole number of steps
+        values = torch.round(values) + zero_point.unsqueeze(-1)
+    return round_to(values, fmt)
 
 
 def dequantize(
@@ -70,7 +49,7 @@ def fake_quantize(
     grouped: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
-    fmt: IntegerFormat,
+    fmt: NumberFormat,
 ) -> torch.Tensor:
     """Return what remains of a grouped tensor after quantizing and dequantizing it.
 
@@ -88,7 +67,7 @@ class _FakeQuantize(torch.autograd.Function):
         grouped: torch.Tensor,
         scale: torch.Tensor,
         zero_point: torch.Tensor | None,
-        fmt: IntegerFormat,
+        fmt: NumberFormat,
     ) -> torch.Tensor:
         ctx.save_for_backward(grouped, scale, zero_point)
         ctx.fmt = fmt
@@ -98,19 +77,10 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         grouped, scale, zero_point = ctx.saved_tensors
-        codes = _unbounded_codes(grouped, scale, zero_point)
-        saturated = (codes < ctx.fmt.qmin) | (codes > ctx.fmt.qmax)
+        codes = grouped.float() / scale.unsqueeze(-1)
+        margin = 0.5 if isinstance(ctx.fmt, IntegerFormat) else 0.0
+        if zero_point is not None:
+            codes = codes + zero_point.unsqueeze(-1)
+        low, high = ctx.fmt.min_value - margin, ctx.fmt.max_value + margin
+        saturated = (codes < low) | (codes > high)
         return gradient.masked_fill(saturated, 0), None, None, None
-
-
-def _unbounded_codes(
-    grouped: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
-) -> torch.Tensor:
-    codes = torch.round(grouped.float() / scale.unsqueeze(-1))
-    return codes if zero_point is None else codes + zero_point.unsqueeze(-1)
-
-
-def _positive(scale: torch.Tensor) -> torch.Tensor:
-    """Replace scales that are zero, or too small to divide by, by 1: their group becomes zero."""
-    tiny = torch.finfo(torch.float32).tiny
-    return torch.where(scale < tiny, torch.ones_like(scale), scale)

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Granularity: which values of a tensor share a scale, as a view ``[rows, groups, group]``.
 
-========  =====================================  =====================
+========  =====================================  ======================================
 name      what shares a scale                    shape of the scale
-========  =====================================  =====================
+========  =====================================  ======================================
 tensor    everything                             ``[1, 1]``
 channel   one output channel                     ``[channels, 1]``
 group     ``group_size`` inputs of one channel   ``[channels, groups]``
+block     a tile of channels by inputs           ``[channel tiles, input tiles]``
 token     the last axis (one vector)             ``[tokens, 1]``
-========  =====================================  =====================
+========  =====================================  ======================================
 
-A last group that is not full is padded with zeros, which never widen a range that includes zero.
+With ``channel_axis=None`` a tensor has tokens instead of channels: ``group`` then means
+``group_size`` neighbours on the last axis. A last group or tile that is not full is padded with
+zeros, which never widen a range that includes zero.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-Granularity = Literal["tensor", "channel", "group", "token"]
+Granularity = Literal["tensor", "channel", "group", "block", "token"]
 
 
 @dataclass(frozen=True)
@@ -31,34 +34,59 @@ class Grouping:
     Attributes:
         granularity: What shares a scale.
         group_size: Values in a group; only for ``"group"``.
-        channel_axis: The axis of output channels; only for ``"channel"`` and ``"group"``.
+        channel_axis: The axis of output channels; ``None`` for a tensor of tokens.
+        block_size: Channels and inputs in a tile; only for ``"block"``.
     """
 
     granularity: Granularity
     group_size: int | None = None
-    channel_axis: int = 0
+    channel_axis: int | None = 0
+    block_size: tuple[int, int] | None = None
 
     def split(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor as ``[rows, groups, group]``; a view where it can be one."""
         if self.granularity == "tensor":
             return tensor.reshape(1, 1, -1)
-        if self.granularity == "token":
-            return tensor.reshape(tensor.shape[:-1].numel(), 1, tensor.shape[-1])
-        channels = tensor.shape[self.channel_axis]
-        rows = tensor.movedim(self.channel_axis, 0)
-        rows = rows.reshape(channels, tensor.numel() // max(channels, 1))
-        if self.granularity == "channel" or self.group_size is None:
+        rows = self._rows(tensor)
+        if self.granularity in ("channel", "token"):
             return rows.unsqueeze(1)
-        padding = -rows.shape[1] % self.group_size
+        if self.block_size is not None:
+            high, wide = self.block_size
+            rows = F.pad(rows, (0, -rows.shape[1] % wide, 0, -rows.shape[0] % high))
+            tiles = rows.reshape(rows.shape[0] // high, high, rows.shape[1] // wide, wide)
+            return tiles.transpose(1, 2).flatten(2)
+        size = self.group_size or rows.shape[1]
+        padding = -rows.shape[1] % size
         if padding:
             rows = F.pad(rows, (0, padding))
-        return rows.reshape(channels, rows.shape[1] // self.group_size, self.group_size)
+        return rows.reshape(rows.shape[0], rows.shape[1] // size, size)
 
     def join(self, grouped: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Return a tensor of ``shape`` from its groups: the inverse of :meth:`split`."""
-        if self.granularity in ("tensor", "token"):
+        if self.granularity == "tensor":
             return grouped.reshape(shape)
+        if self.block_size is not None:
+            high, wide = self.block_size
+            tiles = grouped.reshape(*grouped.shape[:2], high, wide).transpose(1, 2)
+            grouped = tiles.reshape(tiles.shape[0] * high, -1)
+        rows = grouped.flatten(1)
+        if self.channel_axis is None or self.granularity == "token":
+            return rows[:, : shape[-1]].reshape(shape)
         axis = self.channel_axis % len(shape)
         moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
         width = shape.numel() // max(shape[axis], 1)
-        return grouped.flatten(1)[:, :width].reshape(moved).movedim(0, axis)
+        return rows[: shape[axis], :width].reshape(moved).movedim(0, axis)
+
+    def scale_shape(self, shape: torch.Size) -> tuple[int, int]:
+        """Return ``(rows, groups)`` for a tensor of ``shape``."""
+        empty = torch.empty(shape, device="meta")
+        rows, groups, _ = self.split(empty).shape
+        return rows, groups
+
+    def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as ``[channels or tokens, values]``."""
+        if self.channel_axis is None or self.granularity == "token":
+            return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+        channels = tensor.shape[self.channel_axis]
+        rows = tensor.movedim(self.channel_axis, 0)
+        return rows.reshape(channels, tensor.numel() // max(channels, 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer formats: the catalogue."""
+"""Integer formats."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ class IntegerFormat:
     def qmax(self) -> int:
         """The largest code."""
         return (1 << (self.num_bits - 1)) - 1 if self.signed else (1 << self.num_bits) - 1
+
+    @property
+    def max_value(self) -> float:
+        """The magnitude that a max scale maps the largest magnitude of a group to."""
+        return float(self.qmax)
+
+    @property
+    def min_value(self) -> float:
+        """The smallest value of a code."""
+        return float(self.qmin)
 
 
 ALL_INTEGER_FORMATS: tuple[IntegerFormat, ...] = tuple(

@@ -9,8 +9,10 @@ from pydantic import AfterValidator, Field
 
 from modewright.modes.config import ModeConfig
 from modewright.quantization.representation import (
+    FormatName,
     GranularityName,
     QuantizerConfig,
+    ScaleFormatName,
     SchemeConfig,
     Settings,
 )
@@ -39,11 +41,14 @@ class QuantizerOverride(Settings):
     """Fields of a quantizer that a rule changes; those left out stay as the scheme says."""
 
     enable: bool | None = Field(default=None, description="Switch the quantizer on or off.")
+    format: FormatName | None = Field(default=None, description="What a number is.")
     num_bits: int | None = Field(default=None, ge=2, le=8, description="Width of a code: 2 to 8.")
     symmetric: bool | None = Field(default=None, description="Signed codes, or a zero point.")
     granularity: GranularityName | None = Field(default=None, description="What shares a scale.")
     group_size: int | None = Field(default=None, ge=1, description="Values that share a scale.")
+    block_size: tuple[int, int] | None = Field(default=None, description="Size of a tile.")
     dynamic: bool | None = Field(default=None, description="Take the scale from each tensor.")
+    scale_format: ScaleFormatName | None = Field(default=None, description="What a scale is.")
 
     def on(self, base: QuantizerConfig | None) -> QuantizerConfig | None:
         """Return the quantizer that ``base`` becomes; ``None`` is one that is off."""
@@ -52,10 +57,14 @@ class QuantizerOverride(Settings):
         if enable is False or (base is None and not changes and not enable):
             return None
         fields = base.model_dump() if base is not None else {}
-        if changes.get("granularity", "group") != "group":
-            fields["group_size"] = None
-        elif "group_size" in changes:
-            fields["granularity"] = "group"
+        if "format" in changes:  # its width follows, unless it is given too
+            fields.pop("num_bits", None)
+        for sized, size in (("group", "group_size"), ("block", "block_size")):
+            if size in changes and "granularity" not in changes:
+                changes["granularity"] = sized
+        for sized, size in (("group", "group_size"), ("block", "block_size")):
+            if changes.get("granularity", sized) != sized:
+                fields[size] = None
         return QuantizerConfig(**{**fields, **changes})
 
 
@@ -75,6 +84,9 @@ class Rule(Settings):
     )
     output_activations: QuantizerOverride | None = Field(
         default=None, description="Changes to the output activations."
+    )
+    kv_cache: QuantizerOverride | None = Field(
+        default=None, description="Changes to the keys and values of attention."
     )
 
 

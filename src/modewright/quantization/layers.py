@@ -177,8 +177,9 @@ def fitted_scheme(module: nn.Module, scheme: SchemeConfig) -> SchemeConfig:
     elif (base := supported_base(module)) and not QUANTIZED_CLASSES[base].token_inputs:
         for name in ("input_activations", "output_activations"):
             quantizer = getattr(scheme, name)
-            if quantizer is not None and quantizer.granularity == "token":
-                changes[name] = quantizer.model_copy(update={"granularity": "tensor"})
+            if quantizer is not None and quantizer.granularity in ("token", "group"):
+                whole = {"granularity": "tensor", "group_size": None}
+                changes[name] = quantizer.model_copy(update=whole)
     return scheme.model_copy(update=changes)
 
 
@@ -195,8 +196,8 @@ def insert_quantizers(module: nn.Module, scheme: SchemeConfig) -> QuantizedLayer
     layer = cast(QuantizedLayer, module)
     scheme = fitted_scheme(module, scheme)
     layer.weight_quantizer = _quantizer(scheme.weights, cls.channel_axis)
-    layer.input_quantizer = _quantizer(scheme.input_activations, 0)
-    layer.output_quantizer = _quantizer(scheme.output_activations, 0)
+    layer.input_quantizer = _quantizer(scheme.input_activations, None)
+    layer.output_quantizer = _quantizer(scheme.output_activations, None)
     for child in layer.children():
         child.training = layer.training
     return layer
@@ -210,5 +211,5 @@ def remove_quantizers(layer: QuantizedLayer) -> nn.Module:
     return layer
 
 
-def _quantizer(config: QuantizerConfig | None, channel_axis: int) -> Quantizer | None:
+def _quantizer(config: QuantizerConfig | None, channel_axis: int | None) -> Quantizer | None:
     return None if config is None else Quantizer(config, channel_axis)

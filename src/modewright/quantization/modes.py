@@ -89,17 +89,17 @@ class MaxCalibrateMode(ModeDescriptor[MaxCalibrateConfig]):
             calibration: Batches, or a function that runs the model; static activations need it.
             on_batch: Called after each batch with its number and the number of all.
         """
-        from modewright.quantization import convert
+        from modewright.quantization import calibrate
 
-        return convert.max_calibrate(model, config, calibration=calibration, on_batch=on_batch)
+        return calibrate.max_calibrate(model, config, calibration=calibration, on_batch=on_batch)
 
     def restore(
         self, model: nn.Module, config: MaxCalibrateConfig, metadata: Metadata
     ) -> nn.Module:
         """Make room for the recorded scales."""
-        from modewright.quantization import convert
+        from modewright.quantization import calibrate
 
-        return convert.restore_scales(model, metadata)
+        return calibrate.restore_scales(model, metadata)
 
 
 class ExportQuantizeMode(ModeDescriptor[ExportQuantizeConfig]):

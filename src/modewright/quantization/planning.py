@@ -216,15 +216,16 @@ def describe_scheme(layer: SchemeConfig) -> str:
         ("weights", layer.weights),
         ("inputs", layer.input_activations),
         ("outputs", layer.output_activations),
+        ("keys and values", layer.kv_cache),
     ):
         if member is None:
             continue
-        grain = (
-            f"in groups of {member.group_size}"
-            if member.granularity == "group"
-            else f"per {member.granularity}"
-        )
-        kind = f"{'int' if member.symmetric else 'uint'}{member.num_bits}"
+        grain = f"per {member.granularity}"
+        if member.group_size is not None:
+            grain = f"in groups of {member.group_size}"
+        if member.block_size is not None:
+            grain = "in tiles of {} x {}".format(*member.block_size)
+        kind = member.format_name
         parts.append(f"{kind} {label} {grain}{' (dynamic)' if member.dynamic else ''}")
     return ", ".join(parts) or "unchanged"
 

@@ -7,7 +7,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-GranularityName = Literal["tensor", "channel", "group", "token"]
+GranularityName = Literal["tensor", "channel", "group", "block", "token"]
+FormatName = Literal["int", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1", "nf4"]
+ScaleFormatName = Literal["fp32", "e8m0", "e4m3"]
+
+_BITS_OF: dict[FormatName, int] = {
+    "fp8_e4m3": 8,
+    "fp8_e5m2": 8,
+    "fp6_e3m2": 6,
+    "fp6_e2m3": 6,
+    "fp4_e2m1": 4,
+    "nf4": 4,
+}
+MEMBERS = ("weights", "input_activations", "output_activations", "kv_cache")
+"""The tensors of a layer that a scheme speaks of."""
 
 
 class Settings(BaseModel):
@@ -19,6 +32,9 @@ class Settings(BaseModel):
 class QuantizerConfig(Settings):
     """How one tensor is represented."""
 
+    format: FormatName = Field(
+        default="int", description="'int' (of num_bits), or the name of a floating-point format."
+    )
     num_bits: int = Field(default=8, ge=2, le=8, description="Width of a code: 2 to 8.")
     symmetric: bool = Field(
         default=True,
@@ -27,14 +43,30 @@ class QuantizerConfig(Settings):
     granularity: GranularityName = Field(
         default="tensor",
         description="What shares a scale: the tensor, an output channel, a group of inputs of one "
-        "channel, or one token (the last axis).",
+        "channel, a tile of channels by inputs, or one token (the last axis).",
     )
     group_size: int | None = Field(
         default=None, ge=1, description="Values that share a scale; only with granularity 'group'."
     )
+    block_size: tuple[int, int] | None = Field(
+        default=None, description="Channels and inputs of a tile; only with granularity 'block'."
+    )
     dynamic: bool = Field(
         default=False, description="Take the scale from each tensor as it comes; no calibration."
     )
+    scale_format: ScaleFormatName = Field(
+        default="fp32",
+        description="What a scale is: float32, a power of two (MX), or fp8 times one float32 for "
+        "the whole tensor (NVFP4).",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bits_of_format(cls, value: object) -> object:
+        """Fill in the width that a named format has."""
+        if isinstance(value, dict) and value.get("format", "int") in _BITS_OF:
+            return {"num_bits": _BITS_OF[value["format"]], **value}
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> QuantizerConfig:
@@ -43,9 +75,25 @@ class QuantizerConfig(Settings):
                 f"granularity 'group' and group_size go together: got {self.granularity!r} and "
                 f"{self.group_size!r}"
             )
+        if (self.granularity == "block") != (self.block_size is not None):
+            raise ValueError(
+                f"granularity 'block' and block_size go together: got {self.granularity!r} and "
+                f"{self.block_size!r}"
+            )
         if self.granularity == "token" and not self.dynamic:
             raise ValueError("granularity 'token' needs dynamic=True: tokens are not known before")
+        if self.format != "int" and self.num_bits != _BITS_OF[self.format]:
+            raise ValueError(f"{self.format} has {_BITS_OF[self.format]} bits, not {self.num_bits}")
+        if not self.symmetric and (self.format != "int" or self.scale_format != "fp32"):
+            raise ValueError("a zero point needs format 'int' and scale_format 'fp32'")
         return self
+
+    @property
+    def format_name(self) -> str:
+        """The name in the catalogue of formats: ``int4``, ``uint4``, ``fp4_e2m1`` ..."""
+        if self.format != "int":
+            return self.format
+        return f"{'' if self.symmetric else 'u'}int{self.num_bits}"
 
 
 class SchemeConfig(Settings):
@@ -54,15 +102,21 @@ class SchemeConfig(Settings):
     weights: QuantizerConfig | None = None
     input_activations: QuantizerConfig | None = None
     output_activations: QuantizerConfig | None = None
+    kv_cache: QuantizerConfig | None = None
 
     @model_validator(mode="after")
     def _fits_tensors(self) -> SchemeConfig:
         if self.weights is not None and self.weights.granularity == "token":
             raise ValueError("weights have no tokens: choose 'tensor', 'channel' or 'group'")
-        for name in ("input_activations", "output_activations"):
+        for name in MEMBERS[1:]:
             quantizer = getattr(self, name)
-            if quantizer is not None and quantizer.granularity not in ("tensor", "token"):
+            if quantizer is None:
+                continue
+            if quantizer.granularity not in ("tensor", "token", "group"):
                 raise ValueError(
-                    f"{name} can share scales by 'tensor' or 'token', not {quantizer.granularity!r}"
+                    f"{name} can share scales by 'tensor', 'token' or 'group', not "
+                    f"{quantizer.granularity!r}"
                 )
+            if quantizer.granularity == "group" and not quantizer.dynamic:
+                raise ValueError(f"{name} in groups need dynamic=True: tokens are not known before")
         return self

@@ -4,22 +4,84 @@
 from __future__ import annotations
 
 from modewright.errors import ConfigError, did_you_mean
-from modewright.quantization.representation import QuantizerConfig, SchemeConfig
+from modewright.quantization.representation import FormatName, QuantizerConfig, SchemeConfig
 
-_CHANNEL_INT8 = QuantizerConfig(num_bits=8, granularity="channel")
-_GROUP_INT4 = QuantizerConfig(num_bits=4, granularity="group", group_size=64)
+
+def _channel(num_bits: int) -> QuantizerConfig:
+    return QuantizerConfig(num_bits=num_bits, granularity="channel")
+
+
+def _group(num_bits: int, *, symmetric: bool = True) -> QuantizerConfig:
+    return QuantizerConfig(
+        num_bits=num_bits, symmetric=symmetric, granularity="group", group_size=64
+    )
+
+
+def _mx(fmt: FormatName, *, dynamic: bool = False) -> QuantizerConfig:
+    """Groups of 32 that share a power of two: OCP microscaling formats v1.0."""
+    return QuantizerConfig(
+        format=fmt, granularity="group", group_size=32, scale_format="e8m0", dynamic=dynamic
+    )
+
+
+def _nvfp4(*, dynamic: bool = False) -> QuantizerConfig:
+    """Groups of 16 that share an fp8 scale, times one float32 for the tensor."""
+    return QuantizerConfig(
+        format="fp4_e2m1",
+        granularity="group",
+        group_size=16,
+        scale_format="e4m3",
+        dynamic=dynamic,
+    )
+
+
 _TOKEN_INT8 = QuantizerConfig(num_bits=8, granularity="token", dynamic=True)
 _TENSOR_INT8 = QuantizerConfig(num_bits=8, granularity="tensor")
+_FP8_CHANNEL = QuantizerConfig(format="fp8_e4m3", granularity="channel")
+_FP8_TENSOR = QuantizerConfig(format="fp8_e4m3", granularity="tensor")
+_FP8_TOKEN = QuantizerConfig(format="fp8_e4m3", granularity="token", dynamic=True)
+_FP8_TILE = QuantizerConfig(format="fp8_e4m3", granularity="block", block_size=(128, 128))
+_FP8_GROUP = QuantizerConfig(format="fp8_e4m3", granularity="group", group_size=128, dynamic=True)
+
+
+def _both(weights: QuantizerConfig, inputs: QuantizerConfig) -> SchemeConfig:
+    return SchemeConfig(weights=weights, input_activations=inputs)
+
 
 SCHEMES: dict[str, SchemeConfig] = {
     # int8 weights per output channel, int8 activations per token, scaled as they come
-    "w8a8": SchemeConfig(weights=_CHANNEL_INT8, input_activations=_TOKEN_INT8),
+    "w8a8": _both(_channel(8), _TOKEN_INT8),
     # the same with one calibrated scale for each activation tensor: for engines that need it
-    "w8a8_static": SchemeConfig(weights=_CHANNEL_INT8, input_activations=_TENSOR_INT8),
-    # int8 weights per output channel; activations stay as they are
-    "w8a16": SchemeConfig(weights=_CHANNEL_INT8),
-    # int4 weights in groups of 64 along the inputs; activations stay as they are
-    "w4a16": SchemeConfig(weights=_GROUP_INT4),
+    "w8a8_static": _both(_channel(8), _TENSOR_INT8),
+    # weights alone; activations stay as they are
+    "w8a16": SchemeConfig(weights=_channel(8)),
+    "w4a16": SchemeConfig(weights=_group(4)),
+    "w4a16_asym": SchemeConfig(weights=_group(4, symmetric=False)),
+    "w4a16_channel": SchemeConfig(weights=_channel(4)),
+    "w3a16": SchemeConfig(weights=_group(3)),
+    "w3a16_asym": SchemeConfig(weights=_group(3, symmetric=False)),
+    # two bits are always with a zero point: of the four codes around zero one would be lost
+    "w2a16": SchemeConfig(weights=_group(2, symmetric=False)),
+    "nf4": SchemeConfig(weights=QuantizerConfig(format="nf4", granularity="group", group_size=64)),
+    # int4 weights in groups of 64, int8 activations per token
+    "w4a8": _both(_group(4), _TOKEN_INT8),
+    # fp8: weights per channel and activations per token; or one scale each; or tiles of 128
+    "fp8": _both(_FP8_CHANNEL, _FP8_TOKEN),
+    "fp8_static": _both(_FP8_TENSOR, _FP8_TENSOR),
+    "fp8_w8a16": SchemeConfig(weights=_FP8_CHANNEL),
+    "fp8_block": _both(_FP8_TILE, _FP8_GROUP),
+    # groups of 16 with an fp8 scale
+    "nvfp4": _both(_nvfp4(), _nvfp4(dynamic=True)),
+    "nvfp4_w4a16": SchemeConfig(weights=_nvfp4()),
+    # groups of 32 with a power of two as scale
+    "mxfp4": _both(_mx("fp4_e2m1"), _mx("fp4_e2m1", dynamic=True)),
+    "mxfp4_w4a16": SchemeConfig(weights=_mx("fp4_e2m1")),
+    "mxfp6": _both(_mx("fp6_e2m3"), _mx("fp6_e2m3", dynamic=True)),
+    "mxfp8": _both(_mx("fp8_e4m3"), _mx("fp8_e4m3", dynamic=True)),
+    "mxint8": _both(_mx("int"), _mx("int", dynamic=True)),
+    # keys and values of attention
+    "kv8": SchemeConfig(kv_cache=_TOKEN_INT8),
+    "kv_fp8": SchemeConfig(kv_cache=_FP8_TENSOR),
 }
 NO_SCHEME = "none"
 
