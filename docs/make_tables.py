@@ -3,7 +3,7 @@
 
 A table lies between ``<!-- table: NAME -->`` and ``<!-- /table -->``. The names are the keys of
 ``TABLES``; ``config MODE`` is the table of one mode's config fields. Run it after a change to a
-mode, a scheme or a recipe::
+mode, a scheme, a format or a recipe::
 
     python docs/make_tables.py           write
     python docs/make_tables.py --check   exit with 1 if a page is out of date
@@ -20,6 +20,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from modewright.builtin_modes import BUILTIN_MODES
+from modewright.formats.catalogue import FORMATS, code_values
+from modewright.formats.floating import FloatFormat
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.traits import Trait, trait_names
 from modewright.quantization.planning import describe_scheme
@@ -50,6 +52,21 @@ def schemes() -> str:
     """Every named scheme in words."""
     rows = [[f"`{name}`", describe_scheme(scheme)] for name, scheme in SCHEMES.items()]
     return _table(["scheme", "what it means"], rows)
+
+
+def formats() -> str:
+    """Every number format and what it can hold."""
+    rows = []
+    for name, fmt in FORMATS.items():
+        layout, normal = "", ""
+        if isinstance(fmt, FloatFormat):
+            layout = f"{fmt.exponent_bits} + {fmt.mantissa_bits}"
+            normal = f"{fmt.smallest_normal:.7g}"
+        smallest = min(value for value in code_values(fmt) if value > 0)
+        ends = [f"{value:.7g}" for value in (fmt.max_value, fmt.min_value, smallest)]
+        rows.append([f"`{name}`", str(fmt.num_bits), layout, *ends, normal])
+    head = ["format", "bits", "exponent + mantissa", "largest", "lowest", "smallest above zero"]
+    return _table([*head, "smallest normal"], rows)
 
 
 def recipes() -> str:
@@ -92,6 +109,7 @@ def recipe_fields() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "modes": modes,
     "schemes": schemes,
+    "formats": formats,
     "recipes": recipes,
     "traits": traits,
     "recipe fields": recipe_fields,

@@ -22,6 +22,42 @@ BUILTIN_MODES: dict[str, ModeRow] = {
         f"{_QUANTIZATION}:MaxCalibrateMode",
         "Set the scales of all quantizers from the largest magnitudes seen.",
     ),
+    "percentile": ModeRow(
+        f"{_QUANTIZATION}:PercentileMode",
+        "Set the scales of activations so that the outermost values saturate.",
+    ),
+    "entropy": ModeRow(
+        f"{_QUANTIZATION}:EntropyMode",
+        "Set the scales of activations that keep their distribution closest.",
+    ),
+    "mse": ModeRow(
+        f"{_QUANTIZATION}:MseMode",
+        "Search the scales with the least squared error, weighted by the inputs.",
+    ),
+    "hqq": ModeRow(
+        f"{_QUANTIZATION}:HqqMode",
+        "Search the scales of weights without data (half-quadratic quantization).",
+    ),
+    "smoothquant": ModeRow(
+        f"{_QUANTIZATION}:SmoothquantMode",
+        "Divide inputs with outliers, and let the weights take their range over.",
+    ),
+    "awq": ModeRow(
+        f"{_QUANTIZATION}:AwqMode",
+        "Enlarge the columns of weights that see large inputs, so that rounding costs less.",
+    ),
+    "gptq": ModeRow(
+        f"{_QUANTIZATION}:GptqMode",
+        "Round weights one column after another; later ones make up for the error.",
+    ),
+    "learned_rounding": ModeRow(
+        f"{_QUANTIZATION}:LearnedRoundingMode",
+        "Learn the rounding and clipping of weights, block by block.",
+    ),
+    "lsq": ModeRow(
+        f"{_QUANTIZATION}:LsqMode",
+        "Learn all scales together from the original model's predictions.",
+    ),
     "export_quantize": ModeRow(
         f"{_QUANTIZATION}:ExportQuantizeMode",
         "Fold the quantized weights into plain layers and remove the quantizers.",

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales, codes and what is left of values: against the reference, torch and the stated bounds."""
+"""Scales, codes and what is left of values: against the reference, torch and the stated bounds.
+
+Most of it is about integers; what holds for every format is tested in ``tests/contracts`` too.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from modewright.errors import ConfigError
 from modewright.formats.affine import dequantize, fake_quantize, quantize
+from modewright.formats.catalogue import FORMATS, NumberFormat, format_named, reach, round_to
 from modewright.formats.integer import ALL_INTEGER_FORMATS, IntegerFormat, integer_format
 from modewright.formats.reference import fake_quantize_group
 from modewright.formats.scaling import scale_from_range
@@ -21,7 +25,7 @@ from modewright.quantization.algorithms.max import max_scale
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST = 2.0**-149
 EDGES = (0.0, -0.0, SMALLEST, -SMALLEST, 2.0**-126, -(2.0**-126), LARGEST, -LARGEST, 1e38, -3e38)
-FORMATS = [pytest.param(fmt, id=fmt.name) for fmt in ALL_INTEGER_FORMATS]
+INTEGERS = [pytest.param(fmt, id=fmt.name) for fmt in ALL_INTEGER_FORMATS]
 SIGNED = [pytest.param(fmt, id=fmt.name) for fmt in ALL_INTEGER_FORMATS if fmt.signed]
 UNSIGNED = [pytest.param(fmt, id=fmt.name) for fmt in ALL_INTEGER_FORMATS if not fmt.signed]
 
@@ -53,7 +57,7 @@ def test_the_fast_path_equals_the_reference_exactly(
     assert torch.equal(fast, slow)  # -0.0 equals 0.0: a code, an integer, has no sign for zero
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_the_fast_path_equals_the_reference_on_many_random_groups(fmt: IntegerFormat) -> None:
     scales = torch.logspace(-30, 30, 24).reshape(-1, 1, 1)
     grouped = random_groups(fmt.num_bits, 24, 1, 16) * scales
@@ -61,7 +65,7 @@ def test_the_fast_path_equals_the_reference_on_many_random_groups(fmt: IntegerFo
     assert torch.equal(max_scaled(grouped, fmt).flatten(1), torch.tensor(slow))
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 @pytest.mark.parametrize("exponent", [-9, 0, 5], ids=lambda e: f"scale 2**{e}")
 def test_per_channel_agrees_with_torch_where_both_round_the_same_quotient(
     fmt: IntegerFormat, exponent: int
@@ -77,7 +81,15 @@ def test_per_channel_agrees_with_torch_where_both_round_the_same_quotient(
     assert torch.equal(fake_quantize(grouped, scale, zero_point, fmt), theirs)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", UNSIGNED)
+def test_ties_are_rounded_before_the_zero_point_is_added_as_torch_does(fmt: IntegerFormat) -> None:
+    ties = one_group([-0.5, 0.5, 1.5])
+    ours = fake_quantize(ties, torch.ones(1, 1), torch.ones(1, 1), fmt)
+    theirs = torch.fake_quantize_per_tensor_affine(ties, 1.0, 1, 0, fmt.qmax)
+    assert ours.flatten().tolist() == theirs.flatten().tolist() == [0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_per_tensor_agrees_with_torch_up_to_one_code_at_ties(fmt: IntegerFormat) -> None:
     grouped = random_groups(2, 1, 1, 512)
     scale, zero_point = max_scale(grouped, fmt)
@@ -95,7 +107,7 @@ def test_per_tensor_agrees_with_torch_up_to_one_code_at_ties(fmt: IntegerFormat)
     assert ((ours - theirs).abs() <= scale * 1.001).all()
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 @pytest.mark.parametrize("scale", [1.0, 0.1, 3.7e-5, 1.3e30], ids=str)
 def test_every_code_survives_dequantizing_and_quantizing(fmt: IntegerFormat, scale: float) -> None:
     codes = torch.arange(float(fmt.qmin), fmt.qmax + 1).reshape(1, 1, -1)
@@ -164,7 +176,7 @@ def test_zero_is_exact_in_formats_with_a_zero_point(
     assert max_scaled(one_group([*values, 0.0]), fmt).flatten()[-1] == 0
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_a_group_of_zeros_has_scale_one_and_stays_zero(fmt: IntegerFormat) -> None:
     grouped = torch.zeros(2, 3, 4)
     scale, _ = max_scale(grouped, fmt)
@@ -172,13 +184,13 @@ def test_a_group_of_zeros_has_scale_one_and_stays_zero(fmt: IntegerFormat) -> No
     assert torch.equal(max_scaled(grouped, fmt), grouped)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_a_group_whose_scale_would_be_denormal_becomes_zero(fmt: IntegerFormat) -> None:
     grouped = one_group([SMALLEST, -SMALLEST, 2.0**-127])
     assert torch.equal(max_scaled(grouped, fmt), torch.zeros(1, 1, 3))
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_nan_stays_nan_and_its_neighbours_are_as_without_it(fmt: IntegerFormat) -> None:
     grouped = one_group([1.0, math.nan, -0.3])
     scale, zero_point = scale_from_range(torch.tensor([[-0.5]]), torch.tensor([[1.0]]), fmt)
@@ -188,14 +200,14 @@ def test_nan_stays_nan_and_its_neighbours_are_as_without_it(fmt: IntegerFormat) 
     assert torch.equal(result[[0, 2]], alone)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_values_beyond_the_range_saturate_infinities_too(fmt: IntegerFormat) -> None:
     scale, zero_point = scale_from_range(torch.tensor([[-0.5]]), torch.tensor([[1.0]]), fmt)
     codes = quantize(one_group([math.inf, -math.inf, 99.0, -99.0]), scale, zero_point, fmt)
     assert codes.flatten().tolist() == [fmt.qmax, fmt.qmin, fmt.qmax, fmt.qmin]
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan], ids=str)
 def test_a_scale_from_a_range_that_is_not_finite_makes_its_group_nan(
     fmt: IntegerFormat, bad: float
@@ -206,7 +218,7 @@ def test_a_scale_from_a_range_that_is_not_finite_makes_its_group_nan(
     assert result[0, 1].isfinite().all()
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_the_whole_range_of_float32_has_a_finite_scale(fmt: IntegerFormat) -> None:
     grouped = one_group([LARGEST, -LARGEST, 1.0, 0.0])
     scale, zero_point = max_scale(grouped, fmt)
@@ -238,14 +250,14 @@ def test_signed_scales_are_symmetric_and_have_no_zero_point(fmt: IntegerFormat) 
     assert zero_point is None
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 @pytest.mark.parametrize("shape", [(2, 3, 0), (0, 3, 4), (2, 0, 4)], ids=str)
 def test_empty_tensors_stay_empty(fmt: IntegerFormat, shape: tuple[int, int, int]) -> None:
     assert max_scaled(torch.empty(shape), fmt).shape == shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_arithmetic_is_float32_and_the_result_has_the_dtype_of_the_input(
     fmt: IntegerFormat, dtype: torch.dtype
 ) -> None:
@@ -257,7 +269,7 @@ def test_arithmetic_is_float32_and_the_result_has_the_dtype_of_the_input(
     assert torch.equal(result, max_scaled(grouped.float(), fmt).to(dtype))
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_the_gradient_passes_straight_through_and_is_zero_where_saturated(
     fmt: IntegerFormat,
 ) -> None:
@@ -270,6 +282,50 @@ def test_the_gradient_passes_straight_through_and_is_zero_where_saturated(
     result.backward(torch.tensor([[[7.0, 7.0, -3.0, 7.0, math.inf, math.nan]]]))
     assert values.grad is not None
     assert values.grad.flatten().tolist() == [0.0, 7.0, -3.0, 7.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_the_gradient_is_zero_beyond_half_a_step_outside_the_last_values(
+    fmt: NumberFormat,
+) -> None:
+    scale, zero_point = torch.full((1, 1), 0.25), None if fmt.signed else torch.full((1, 1), 1.0)
+    low, high = reach(fmt)
+    numbers = [low - 0.01, low + 0.01, fmt.min_value, 0.0, fmt.max_value, high - 0.01, high + 0.01]
+    if not fmt.signed:
+        numbers = [number - 1 for number in numbers]
+    values = (one_group(numbers) / 4).requires_grad_()
+    fake_quantize(values, scale, zero_point, fmt).backward(torch.full((1, 1, 7), 3.0))
+    assert values.grad is not None
+    assert values.grad.flatten().tolist() == [0.0, 3.0, 3.0, 3.0, 3.0, 3.0, 0.0]
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_under_a_max_scale_every_gradient_passes(fmt: NumberFormat, dtype: torch.dtype) -> None:
+    values = random_groups(7, 8, 4, 16).to(dtype).requires_grad_()
+    gradient = random_groups(8, 8, 4, 16).to(dtype)
+    fake_quantize(values, *max_scale(values, fmt), fmt).backward(gradient)
+    assert values.grad is not None
+    assert values.grad.dtype is dtype
+    assert torch.equal(values.grad, gradient)
+
+
+def test_under_a_power_of_two_the_gradient_of_what_saturates_is_zero() -> None:
+    values = one_group([7.5, 6.5, -7.5, 1.0]).requires_grad_()
+    fmt = format_named("fp4_e2m1")
+    scale, _ = max_scale(values, fmt, "e8m0")
+    assert scale.item() == 1.0
+    fake_quantize(values, scale, None, fmt).sum().backward()
+    assert values.grad is not None
+    assert values.grad.flatten().tolist() == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_rounding_itself_has_no_gradient() -> None:
+    for fmt in FORMATS.values():
+        values = random_groups(9, 1, 1, 8).requires_grad_()
+        round_to(values, fmt).add(values).sum().backward()
+        assert values.grad is not None
+        assert torch.equal(values.grad, torch.ones(1, 1, 8))
 
 
 def test_the_gradient_agrees_with_torch() -> None:
@@ -306,6 +362,6 @@ def test_a_width_that_does_not_exist_is_refused(bits: int) -> None:
         integer_format(bits, symmetric=True)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", INTEGERS)
 def test_a_format_is_found_by_its_width_and_sign(fmt: IntegerFormat) -> None:
     assert integer_format(fmt.num_bits, symmetric=fmt.signed) is fmt

@@ -116,9 +116,42 @@ def test_weights_have_scales_by_channel_and_group() -> None:
     model = nn.Sequential(nn.Linear(130, 3), nn.ConvTranspose2d(3, 5, 2))
     config = {"scheme": "w4a16", "rules": [{"targets": ["1"], "scheme": "w8a16"}]}
     modewright.apply_mode(model, [("quantize", config), "max_calibrate"])
-    assert metadata(model)["scales"] == {"0.weight_quantizer": [3, 3], "1.weight_quantizer": [5, 1]}
+    assert metadata(model)["scales"] == {
+        "0.weight_quantizer": {"scale": [3, 3]},
+        "1.weight_quantizer": {"scale": [5, 1]},
+    }
     kernel = model[1].weight.abs().amax(dim=(0, 2, 3)) / 127
     assert torch.equal(model[1].weight_quantizer.scale.squeeze(), kernel)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shapes"),
+    [
+        ("w4a16_asym", {"scale": [3, 3], "zero_point": [3, 3]}),
+        ("fp8_w8a16", {"scale": [3, 1]}),
+        ("fp8_block", {"scale": [1, 2]}),
+        ("mxfp4_w4a16", {"scale": [3, 5]}),
+        ("nvfp4_w4a16", {"scale": [3, 9], "global_scale": []}),
+    ],
+)
+def test_the_record_says_what_scales_there_are(scheme: str, shapes: dict[str, list[int]]) -> None:
+    model = nn.Sequential(nn.Linear(130, 3))
+    modewright.quantize(model, scheme)
+    quantizer = model[0].weight_quantizer
+    assert metadata(model)["scales"] == {"0.weight_quantizer": shapes}
+    assert {name: list(buffer.shape) for name, buffer in quantizer.named_buffers()} == shapes
+
+
+def test_two_level_scales_are_fp8_numbers_times_the_scale_of_the_tensor() -> None:
+    model = nn.Sequential(nn.Linear(130, 3))
+    modewright.quantize(model, "nvfp4_w4a16")
+    quantizer = model[0].weight_quantizer
+    weight = model[0].weight.detach()
+    assert quantizer.global_scale == weight.abs().max() / (6 * 448)
+    assert torch.equal(quantizer.scale.to(torch.float8_e4m3fn).float(), quantizer.scale)
+    first = weight[:, :16].abs().amax(dim=1) / 6 / quantizer.global_scale
+    assert torch.equal(quantizer.scale[:, 0], first.to(torch.float8_e4m3fn).float())
+    assert quantizer.scale.max() == 448
 
 
 def test_missing_data_is_an_error_that_names_a_quantizer_and_a_way_out() -> None:

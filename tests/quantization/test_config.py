@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
@@ -11,6 +12,8 @@ from torch import nn
 
 import modewright
 from modewright.errors import ConfigError
+from modewright.formats.catalogue import FLOAT_NAMES, format_named
+from modewright.formats.scaling import ScaleFormat
 from modewright.quantization.config import (
     QuantizeConfig,
     QuantizerConfig,
@@ -18,11 +21,28 @@ from modewright.quantization.config import (
     Rule,
     SchemeConfig,
 )
+from modewright.quantization.representation import FormatName, ScaleFormatName
 from modewright.quantization.schemes import SCHEMES, scheme
 
 CHANNEL = QuantizerConfig(granularity="channel")
 GROUP = QuantizerConfig(num_bits=4, granularity="group", group_size=64)
+BLOCK = QuantizerConfig(granularity="block", block_size=(16, 16))
 TOKEN = QuantizerConfig(granularity="token", dynamic=True)
+# `w` and the bits of weights, `a` and those of activations; or a family with its bits, which holds
+# for both unless `w` and `a` follow; then what is special. Keys and values have names of their own.
+NAME = re.compile(
+    r"(?:(?P<family>fp|nf|nvfp|mxfp|mxint)(?P<bits>\d))?"
+    r"(?:(?:^|_)w(?P<w>\d)a(?P<a>\d+))?"
+    r"(?:_(?P<variant>static|asym|channel|block))?"
+)
+FAMILIES = {  # beginning of the format's name, scale format, group size if the family has one
+    "fp": ("fp", "fp32", None),
+    "nf": ("nf", "fp32", 64),
+    "nvfp": ("fp", "e4m3", 16),
+    "mxfp": ("fp", "e8m0", 32),
+    "mxint": ("int", "e8m0", 32),
+}
+LAYER_SCHEMES = {name: layer for name, layer in SCHEMES.items() if not name.startswith("kv")}
 
 
 @pytest.mark.parametrize(
@@ -36,6 +56,13 @@ TOKEN = QuantizerConfig(granularity="token", dynamic=True)
         ({"granularity": "token"}, "needs dynamic=True"),
         ({"granularity": "row"}, "granularity"),
         ({"bits": 4}, "bits"),
+        ({"granularity": "block"}, "block_size go together"),
+        ({"granularity": "channel", "block_size": (2, 2)}, "block_size go together"),
+        ({"format": "fp5_e2m2"}, "format"),
+        ({"format": "fp4_e2m1", "num_bits": 8}, "fp4_e2m1 has 4 bits, not 8"),
+        ({"format": "nf4", "symmetric": False}, "a zero point needs format 'int'"),
+        ({"scale_format": "e8m0", "symmetric": False}, "a zero point needs .* scale_format 'fp32'"),
+        ({"scale_format": "e5m2"}, "scale_format"),
     ],
     ids=str,
 )
@@ -51,9 +78,17 @@ def test_a_quantizer_that_contradicts_itself_is_refused(
     [
         ({"weights": TOKEN}, "weights have no tokens"),
         ({"input_activations": CHANNEL}, "input_activations can share scales by"),
-        ({"output_activations": GROUP}, "output_activations can share scales by"),
+        ({"output_activations": BLOCK}, "output_activations can share scales by"),
+        ({"kv_cache": CHANNEL}, "kv_cache can share scales by"),
+        ({"output_activations": GROUP}, "output_activations in groups need dynamic=True"),
     ],
-    ids=["weights per token", "inputs per channel", "outputs in groups"],
+    ids=[
+        "weights per token",
+        "inputs per channel",
+        "outputs in tiles",
+        "keys and values per channel",
+        "outputs in static groups",
+    ],
 )
 def test_a_granularity_that_a_tensor_does_not_have_is_refused(
     fields: dict[str, Any], message: str
@@ -123,13 +158,83 @@ def test_none_is_the_name_of_no_scheme() -> None:
     assert scheme("none") is None
 
 
-def test_the_name_of_a_scheme_says_its_bits() -> None:
-    for name, layer in SCHEMES.items():
-        weights, activations = name.removesuffix("_static").removeprefix("w").split("a")
-        inputs = layer.input_activations
+@pytest.mark.parametrize("name", LAYER_SCHEMES)
+def test_the_name_of_a_scheme_says_its_bits(name: str) -> None:
+    said, layer = NAME.fullmatch(name), LAYER_SCHEMES[name]
+    assert said is not None, "a name of another form: extend NAME and these tests"
+    assert layer.weights is not None
+    weights = said["w"] or said["bits"]
+    activations = said["a"] or ("16" if said["family"] == "nf" else weights)
+    inputs = layer.input_activations
+    assert layer.weights.num_bits == int(weights)
+    assert (16 if inputs is None else inputs.num_bits) == int(activations)
+
+
+@pytest.mark.parametrize("name", LAYER_SCHEMES)
+def test_the_name_of_a_scheme_says_its_family_of_formats(name: str) -> None:
+    said, layer = NAME.fullmatch(name), LAYER_SCHEMES[name]
+    assert said is not None
+    start, scale_format, size = FAMILIES.get(said["family"], ("int", "fp32", None))
+    for quantizer in filter(None, (layer.weights, layer.input_activations)):
+        assert quantizer.format.startswith(start)
+        assert quantizer.scale_format == scale_format
+    assert layer.weights is not None
+    assert size in (None, layer.weights.group_size)
+
+
+@pytest.mark.parametrize("name", LAYER_SCHEMES)
+def test_what_is_special_about_a_scheme_is_in_its_name(name: str) -> None:
+    said, layer = NAME.fullmatch(name), LAYER_SCHEMES[name]
+    assert said is not None
+    assert layer.weights is not None
+    assert layer.weights.symmetric != (said["variant"] == "asym" or layer.weights.num_bits == 2)
+    assert (layer.weights.granularity == "block") == (said["variant"] == "block")
+    if said["variant"] == "channel":
+        assert layer.weights.granularity == "channel"
+        assert SCHEMES[name.removesuffix("_channel")].weights != layer.weights
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMES.keys() - LAYER_SCHEMES.keys()))
+def test_schemes_of_keys_and_values_say_their_format_and_touch_nothing_else(name: str) -> None:
+    cache = SCHEMES[name].kv_cache
+    assert cache is not None
+    assert SCHEMES[name] == SchemeConfig(kv_cache=cache)
+    kind = "fp8" if "fp" in name else "int"
+    assert cache.format.startswith(kind)
+    assert cache.num_bits == int(name[-1])
+
+
+def test_microscaled_formats_follow_the_specification() -> None:
+    for name in ("mxfp4", "mxfp6", "mxfp8", "mxint8"):
+        layer = SCHEMES[name]
         assert layer.weights is not None
-        assert layer.weights.num_bits == int(weights)
-        assert (16 if inputs is None else inputs.num_bits) == int(activations)
+        assert layer.input_activations == layer.weights.model_copy(update={"dynamic": True})
+        assert (layer.weights.group_size, layer.weights.scale_format) == (32, "e8m0")
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "bits"),
+    [
+        ({}, "int8", 8),
+        ({"num_bits": 3, "symmetric": False}, "uint3", 3),
+        ({"format": "fp4_e2m1"}, "fp4_e2m1", 4),
+        ({"format": "fp6_e3m2"}, "fp6_e3m2", 6),
+        ({"format": "fp8_e5m2"}, "fp8_e5m2", 8),
+        ({"format": "nf4"}, "nf4", 4),
+    ],
+    ids=str,
+)
+def test_a_quantizer_names_its_format_and_knows_its_bits(
+    fields: dict[str, Any], name: str, bits: int
+) -> None:
+    quantizer = QuantizerConfig(**fields)
+    assert (quantizer.format_name, quantizer.num_bits) == (name, bits)
+    assert format_named(name).num_bits == bits
+
+
+def test_the_names_of_formats_are_those_of_the_catalogue() -> None:
+    assert set(get_args(FormatName)) == {"int", *FLOAT_NAMES}
+    assert get_args(ScaleFormatName) == get_args(ScaleFormat)
 
 
 def test_static_schemes_are_those_that_are_called_so() -> None:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models: a perceptron, a network of all convolutions, a language model with a tied head."""
+"""Tiny models of every family.
+
+A perceptron, a network of all convolutions, a language model with a tied head, recurrent layers,
+a transformer with torch's own attention, and a mixture of experts that are fused.
+"""
 
 from __future__ import annotations
 
@@ -74,6 +78,87 @@ class TinyLm(nn.Module):
         return self.head(self.block(self.embed(ids)))
 
 
+class Recurrent(nn.Module):
+    """A bidirectional LSTM of two layers, a GRU, a plain recurrent layer, a cell, and a head."""
+
+    def __init__(self, features: int = 6, hidden: int = 5) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(features, hidden, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(2 * hidden, hidden, batch_first=True)
+        self.rnn = nn.RNN(hidden, hidden, batch_first=True, bias=False)
+        self.cell = nn.GRUCell(hidden, hidden)
+        self.head = nn.Linear(hidden, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.rnn(self.gru(self.lstm(x)[0])[0])[0]
+        return self.head(self.cell(x[:, -1], x[:, 0]))
+
+
+class Attending(nn.Module):
+    """An encoder with a fused kernel for inference, and attention to inputs of another width."""
+
+    def __init__(self, features: int = 8, width: int = 6) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(features, 2, 12, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.cross = nn.MultiheadAttention(features, 2, kdim=width, vdim=width, batch_first=True)
+        self.head = nn.Linear(features, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        memory = x[..., : self.cross.kdim]
+        return self.head(self.cross(self.encoder(x), memory, memory, need_weights=False)[0])
+
+
+class FusedExperts(nn.Module):
+    """Experts in 3-D parameters, ``[experts, out, in]`` or, transposed, ``[experts, in, out]``."""
+
+    def __init__(self, experts: int, features: int, hidden: int, transposed: bool) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_size = experts, features
+        sizes = [(2 * hidden, features), (features, hidden)]
+        up, down = [size[::-1] if transposed else size for size in sizes]
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, *up) / 2)
+        self.down_proj = nn.Parameter(torch.randn(experts, *down) / 2)
+        self.is_transposed = transposed
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(x)
+        for expert in range(self.num_experts):
+            token, place = torch.where(index == expert)
+            up, down = self.gate_up_proj[expert], self.down_proj[expert]
+            if not self.is_transposed:
+                up, down = up.t(), down.t()
+            gate, value = (x[token] @ up).chunk(2, dim=-1)
+            out = (F.silu(gate) * value) @ down
+            result = result.index_add(0, token, out * weights[token, place].unsqueeze(-1))
+        return result
+
+
+class MixtureBlock(nn.Module):
+    """A router, and the experts that it picks two of for every token."""
+
+    def __init__(self, features: int, transposed: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(features, 4, bias=False)
+        self.experts = FusedExperts(4, features, 10, transposed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, index = self.gate(x).softmax(-1).topk(2, dim=-1)
+        return x + self.experts(x, index, weights)
+
+
+class Mixture(nn.Module):
+    """Two blocks of experts, one of each layout, and a head."""
+
+    def __init__(self, features: int = 8) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(MixtureBlock(features, False), MixtureBlock(features, True))
+        self.head = nn.Linear(features, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(x))
+
+
 @dataclass(frozen=True)
 class Family:
     """A tiny model that is the same one at every call, and an input for it."""
@@ -103,4 +188,7 @@ def _floats(*shape: int) -> torch.Tensor:
 MLP = Family("mlp", Mlp, _floats(3, 8))
 CNN = Family("cnn", Convolutions, _floats(2, 2, 8))
 LM = Family("tied_lm", TinyLm, torch.arange(12).reshape(2, 6))
-FAMILIES = (MLP, CNN, LM)
+RNN = Family("recurrent", Recurrent, _floats(2, 4, 6))
+MHA = Family("attention", Attending, _floats(2, 4, 8))
+MOE = Family("experts", Mixture, _floats(6, 8))
+FAMILIES = (MLP, CNN, LM, RNN, MHA, MOE)

@@ -44,10 +44,9 @@ def run_calibration(
                 f"received {type(calibration).__name__}."
             )
         total = length_hint(calibration) or None
-        device = next((p.device for p in model.parameters()), None)
         count = 0
         for count, batch in enumerate(calibration, start=1):
-            _call(model, batch, device, count)
+            run_batch(model, batch, number=count)
             if on_batch is not None:
                 on_batch(count, total)
     if not count:
@@ -69,18 +68,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _call(model: nn.Module, batch: object, device: torch.device | None, number: int) -> None:
+def run_batch(model: nn.Module, batch: object, *, number: int = 1) -> Any:
+    """Run a model on one batch and return what it puts out.
+
+    Args:
+        model: The model.
+        batch: A tensor, a tuple or list of positional inputs, or a dict of keyword inputs; moved
+            to the device of the model's parameters.
+        number: The batch's number, for the message.
+
+    Raises:
+        DataError: The batch has another form.
+    """
+    device = next((p.device for p in model.parameters()), None)
     if isinstance(batch, torch.Tensor):
-        model(batch.to(device))
-    elif isinstance(batch, (tuple, list)):
-        model(*(_moved(item, device) for item in batch))
-    elif isinstance(batch, Mapping):
-        model(**{key: _moved(item, device) for key, item in batch.items()})
-    else:
-        raise DataError(
-            f"Batch {number} is a {type(batch).__name__}; a tensor, a tuple of positional inputs "
-            "or a dict of keyword inputs was expected."
-        )
+        return model(batch.to(device))
+    if isinstance(batch, (tuple, list)):
+        return model(*(_moved(item, device) for item in batch))
+    if isinstance(batch, Mapping):
+        return model(**{key: _moved(item, device) for key, item in batch.items()})
+    raise DataError(
+        f"Batch {number} is a {type(batch).__name__}; a tensor, a tuple of positional inputs "
+        "or a dict of keyword inputs was expected."
+    )
 
 
 def _moved(item: Any, device: torch.device | None) -> Any:

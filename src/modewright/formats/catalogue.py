@@ -1,8 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All number formats by name, the values of their codes, and rounding to them."""
+"""All number formats by name, the values of their codes, and rounding to them.
+
+A format turns a real number into one of at most 256 values (:func:`round_to`), and each value into
+a code of ``num_bits`` bits (:func:`encode`) and back (:func:`decode`). Scales are none of its
+business. Arithmetic is float32: values of other dtypes are converted first.
+
+==================  =======================  =================  =========================
+                    integers                 floating point     NF4
+==================  =======================  =================  =========================
+nearest, ties to    even                     even               the lower value
+beyond the largest  saturates, infinity too  the same           the same
+NaN                 stays NaN                stays NaN          stays NaN
+zero                has no sign              keeps its sign     has no sign
+code of NaN         that of 0                NaN in fp8, else   that of -1
+                                             that of 0
+==================  =======================  =================  =========================
+
+Codes of signed integers are two's complement; those of floating-point numbers are sign, exponent,
+mantissa; those of NF4 are places in its table.
+"""
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Literal, get_args
 
@@ -14,8 +34,10 @@ from modewright.formats.floating import (
     NF4,
     FloatFormat,
     TableFormat,
-    round_float,
-    round_table,
+    encode_float,
+    encode_table,
+    round_float_,
+    round_table_,
 )
 from modewright.formats.integer import ALL_INTEGER_FORMATS, IntegerFormat
 
@@ -42,19 +64,35 @@ def format_named(name: str) -> NumberFormat:
 
 
 def round_to(values: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
-    """Round float32 values to the nearest ones that a format has; values beyond it saturate."""
+    """Round values to the nearest ones that a format has; values beyond it saturate.
+
+    Args:
+        values: Any shape, any float dtype.
+        fmt: The format.
+
+    Returns:
+        A new tensor, float32, same shape.
+    """
+    return round_to_(values.to(torch.float32, copy=True), fmt)
+
+
+def round_to_(values: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
+    """Do what :func:`round_to` does with a float32 tensor that it may overwrite.
+
+    Memory that is new costs more than arithmetic: in place, rounding is several times as fast.
+    """
     if isinstance(fmt, IntegerFormat):
-        return torch.round(values).clamp(fmt.qmin, fmt.qmax)
+        return values.round_().clamp_(fmt.qmin, fmt.qmax).add_(0.0)  # -0.0 + 0.0 is 0.0
     if isinstance(fmt, FloatFormat):
-        return round_float(values, fmt)
-    return round_table(values, fmt)
+        return round_float_(values, fmt)
+    return round_table_(values, fmt)
 
 
 @cache
 def code_values(fmt: NumberFormat) -> tuple[float, ...]:
-    """Return the value of every code, by code from 0; codes that are no number give NaN.
+    """Return the value of every code, by code from 0.
 
-    Codes of signed integers are two's complement.
+    The codes that fp8 formats have for NaN and infinity give these.
     """
     if isinstance(fmt, TableFormat):
         return fmt.values
@@ -73,31 +111,46 @@ def _float_value(code: int, fmt: FloatFormat) -> float:
         value = (1.0 + fraction) * 2.0 ** (exponent - fmt.bias)
     else:
         value = fraction * fmt.smallest_normal
-    return sign * value if value <= fmt.max_value else float("nan")
+    if value > fmt.max_value:
+        value = math.inf if fmt.has_infinity and not mantissa else math.nan
+    return sign * value
+
+
+@cache
+def reach(fmt: NumberFormat) -> tuple[float, float]:
+    """Return the ends beyond which a value saturates: half a step outside the format's last values.
+
+    Within them a value moves by no more than half of the step that the format has there.
+    """
+    ordered = sorted({value for value in code_values(fmt) if math.isfinite(value)})
+    low, high = ordered[0], ordered[-1]
+    return low - (ordered[1] - low) / 2, high + (high - ordered[-2]) / 2
 
 
 def encode(values: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
-    """Return the codes of values that a format has, uint8, same shape.
+    """Return the codes of values that a format has: any float dtype -> uint8, same shape.
 
     Args:
-        values: What :func:`round_to` returned; anything else gets the code of a neighbour.
+        values: What :func:`round_to` or :func:`decode` returned. The table above says what NaN
+            gets; infinity gets its code, or that of the largest value where it has none. What
+            else the format does not have gets the code of a neighbour.
         fmt: The format.
     """
-    if isinstance(fmt, IntegerFormat):
-        return (values.to(torch.int16) & ((1 << fmt.num_bits) - 1)).to(torch.uint8)
-    known = torch.tensor(code_values(fmt), device=values.device)
-    finite = torch.nonzero(~known.isnan()).flatten()
-    ascending, order = torch.sort(known[finite], stable=True)  # -0.0 and 0.0 keep their order
-    codes = finite[order].to(torch.uint8)
-    place = torch.searchsorted(ascending, values.float().contiguous()).clamp(max=len(codes) - 1)
-    found = codes[place]
-    if isinstance(fmt, FloatFormat):  # both zeros are found at the same place
-        sign = torch.signbit(values).to(torch.uint8) << (fmt.num_bits - 1)
-        found = torch.where(values == 0, sign, found)
-    return found
+    values = values.float()
+    if isinstance(fmt, FloatFormat):
+        return encode_float(values, fmt)
+    if isinstance(fmt, TableFormat):
+        return encode_table(values, fmt)
+    whole = values.nan_to_num(0.0, fmt.max_value, fmt.min_value).to(torch.int16)
+    return (whole & ((1 << fmt.num_bits) - 1)).to(torch.uint8)
 
 
 def decode(codes: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
-    """Return the values of codes: uint8 -> float32, same shape."""
-    table = torch.tensor(code_values(fmt), device=codes.device)
-    return table[codes.long()]
+    """Return the values of codes: uint8 -> float32, same shape.
+
+    Args:
+        codes: Numbers below ``2 ** fmt.num_bits``, any shape.
+        fmt: The format.
+    """
+    table = torch.tensor(code_values(fmt), dtype=torch.float32, device=codes.device)
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)

@@ -11,9 +11,11 @@ block     a tile of channels by inputs           ``[channel tiles, input tiles]`
 token     the last axis (one vector)             ``[tokens, 1]``
 ========  =====================================  ======================================
 
-With ``channel_axis=None`` a tensor has tokens instead of channels: ``group`` then means
-``group_size`` neighbours on the last axis. A last group or tile that is not full is padded with
-zeros, which never widen a range that includes zero.
+The inputs of a channel are all of its values, in the order of the remaining axes: of a
+convolution, input channels by kernel. With ``channel_axis=None`` a tensor has tokens instead of
+channels: ``group`` then means ``group_size`` neighbours on the last axis, and a tile is so many
+tokens high. A last group or tile that is not full is padded with zeros, which never widen a range
+that includes zero. A tensor without axes is one value on one axis.
 """
 
 from __future__ import annotations
@@ -50,28 +52,25 @@ class Grouping:
         rows = self._rows(tensor)
         if self.granularity in ("channel", "token"):
             return rows.unsqueeze(1)
-        if self.block_size is not None:
-            high, wide = self.block_size
-            rows = F.pad(rows, (0, -rows.shape[1] % wide, 0, -rows.shape[0] % high))
-            tiles = rows.reshape(rows.shape[0] // high, high, rows.shape[1] // wide, wide)
-            return tiles.transpose(1, 2).flatten(2)
-        size = self.group_size or rows.shape[1]
-        padding = -rows.shape[1] % size
-        if padding:
-            rows = F.pad(rows, (0, padding))
-        return rows.reshape(rows.shape[0], rows.shape[1] // size, size)
+        high, wide = self._tile(rows.shape[1])
+        rows = _padded(rows, -rows.shape[0] % high, -rows.shape[1] % wide)
+        tiles = rows.reshape(rows.shape[0] // high, high, rows.shape[1] // wide, wide)
+        return tiles.transpose(1, 2).flatten(2)
 
     def join(self, grouped: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Return a tensor of ``shape`` from its groups: the inverse of :meth:`split`."""
         if self.granularity == "tensor":
             return grouped.reshape(shape)
-        if self.block_size is not None:
-            high, wide = self.block_size
-            tiles = grouped.reshape(*grouped.shape[:2], high, wide).transpose(1, 2)
-            grouped = tiles.reshape(tiles.shape[0] * high, -1)
-        rows = grouped.flatten(1)
-        if self.channel_axis is None or self.granularity == "token":
-            return rows[:, : shape[-1]].reshape(shape)
+        if self.granularity in ("channel", "token"):
+            rows = grouped.squeeze(1)
+        else:
+            tall, across = grouped.shape[:2]
+            high, wide = self._tile(grouped.shape[2])
+            tiles = grouped.reshape(tall, across, high, wide).transpose(1, 2)
+            rows = tiles.reshape(tall * high, across * wide)
+        if self.channel_axis is None or self.granularity == "token" or not shape:
+            width = shape[-1] if shape else 1
+            return rows[: shape[:-1].numel(), :width].reshape(shape)
         axis = self.channel_axis % len(shape)
         moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
         width = shape.numel() // max(shape[axis], 1)
@@ -85,8 +84,20 @@ class Grouping:
 
     def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor as ``[channels or tokens, values]``."""
+        if not tensor.ndim:
+            return tensor.reshape(1, 1)
         if self.channel_axis is None or self.granularity == "token":
             return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
         channels = tensor.shape[self.channel_axis]
         rows = tensor.movedim(self.channel_axis, 0)
         return rows.reshape(channels, tensor.numel() // max(channels, 1))
+
+    def _tile(self, width: int) -> tuple[int, int]:
+        """Return height and width of what shares a scale, in rows of ``width`` values."""
+        if self.granularity == "block" and self.block_size is not None:
+            return self.block_size
+        return 1, self.group_size or max(width, 1)
+
+
+def _padded(rows: torch.Tensor, below: int, right: int) -> torch.Tensor:
+    return F.pad(rows, (0, right, 0, below)) if below or right else rows

@@ -19,13 +19,23 @@ from modewright.quantization.representation import (
 from modewright.quantization.schemes import NO_SCHEME, SCHEMES, scheme
 
 __all__ = [
+    "AwqConfig",
+    "EntropyConfig",
     "ExportQuantizeConfig",
+    "GptqConfig",
+    "HqqConfig",
+    "LearnedRoundingConfig",
+    "LsqConfig",
     "MaxCalibrateConfig",
+    "MseConfig",
+    "PercentileConfig",
     "QuantizeConfig",
     "QuantizerConfig",
     "QuantizerOverride",
+    "RangeConfig",
     "Rule",
     "SchemeConfig",
+    "SmoothquantConfig",
 ]
 
 
@@ -113,14 +123,160 @@ class QuantizeConfig(ModeConfig):
     )
 
 
-class MaxCalibrateConfig(ModeConfig):
-    """Config of mode ``max_calibrate``."""
+class RangeConfig(ModeConfig):
+    """What all modes have that choose scales from what was seen."""
 
     require_data: bool = Field(
         default=True,
         description="Fail if a static activation quantizer saw no data; otherwise it stays dynamic "
         "and is listed.",
     )
+
+
+class MaxCalibrateConfig(RangeConfig):
+    """Config of mode ``max_calibrate``."""
+
+
+class PercentileConfig(RangeConfig):
+    """Config of mode ``percentile``."""
+
+    percentile: float = Field(
+        default=99.99, gt=0, le=100, description="How many percent of all values are in range."
+    )
+
+
+class EntropyConfig(RangeConfig):
+    """Config of mode ``entropy``."""
+
+
+class MseConfig(RangeConfig):
+    """Config of mode ``mse``."""
+
+    importance: bool = Field(
+        default=True,
+        description="With calibration data, count the error of a weight by the mean square of the "
+        "input that it multiplies.",
+    )
+    max_row_norm: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="How many times the median length an input may count; longer ones are scaled "
+        "down. Left out: no limit.",
+    )
+
+
+class HqqConfig(RangeConfig):
+    """Config of mode ``hqq``."""
+
+
+class SmoothquantConfig(ModeConfig):
+    """Config of mode ``smoothquant``."""
+
+    alpha: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="How much of the difficulty moves from inputs to weights; the best of `alphas` "
+        "for each layer if left out.",
+    )
+    alphas: tuple[float, ...] = Field(
+        default=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), description="What is tried."
+    )
+    fold: bool = Field(
+        default=True,
+        description="Put the division into the module that makes the input, where there is one.",
+    )
+
+
+class AwqConfig(ModeConfig):
+    """Config of mode ``awq``."""
+
+    steps: int = Field(default=10, ge=1, description="How many ratios are tried, from 0 to 1.")
+    fold: bool = Field(
+        default=True,
+        description="Put the division into the module that makes the input, where there is one.",
+    )
+
+
+class GptqConfig(ModeConfig):
+    """Config of mode ``gptq``."""
+
+    damping: float = Field(
+        default=0.01, gt=0, description="Added to the Hessian's diagonal, as a part of its mean."
+    )
+    activation_order: bool = Field(
+        default=True, description="Round the columns with the largest inputs first."
+    )
+    search_scale: bool = Field(
+        default=True,
+        description="Search the scales with the least error, weighted by the inputs; otherwise "
+        "max scales.",
+    )
+    correct_inputs: bool = Field(
+        default=False,
+        description="Approximate what the original network puts out on its own inputs, which makes "
+        "up for the error of earlier layers. It needs much data of the kind that comes later.",
+    )
+    correction_damping: float = Field(
+        default=0.5, gt=0, description="How strongly that correction is held back."
+    )
+    max_row_norm: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="How many times the median length an input may count; longer ones are scaled "
+        "down. Left out: no limit.",
+    )
+    min_tokens: int = Field(
+        default=32, ge=1, description="Fewer inputs than this do not make a layer's Hessian."
+    )
+
+
+class LearnedRoundingConfig(ModeConfig):
+    """Config of mode ``learned_rounding``."""
+
+    iterations: int = Field(default=200, ge=1, description="Steps for each block.")
+    batch_size: int = Field(default=2, ge=1, description="Batches of calibration data in a step.")
+    rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Learning rate of rounding offsets, in steps of the grid; 1 / iterations if "
+        "left out. It falls to zero.",
+    )
+    scale_rate: float | None = Field(
+        default=None, gt=0, description="Learning rate of scales; `rate` if left out."
+    )
+    optimizer: Literal["sign", "adam"] = Field(
+        default="sign", description="Move by the sign of the gradient, or as Adam does."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Of matrix products; 'auto' takes bfloat16 where it is faster."
+    )
+    probe: int = Field(
+        default=8,
+        ge=1,
+        description="Batches on which a block is measured before and after; what was learned is "
+        "dropped if it is no better there.",
+    )
+    seed: int = Field(default=0, description="Which batches a step takes.")
+
+
+class LsqConfig(ModeConfig):
+    """Config of mode ``lsq``."""
+
+    epochs: int = Field(default=2, ge=1, description="How often the calibration data is seen.")
+    batch_size: int = Field(default=2, ge=1, description="Batches of calibration data in a step.")
+    rate: float = Field(
+        default=1e-3, gt=0, description="Learning rate of scales, relative to each scale."
+    )
+    loss: Literal["auto", "kl", "mse"] = Field(
+        default="auto",
+        description="How far outputs are from the original model's: the divergence of predictions, "
+        "the squared error of outputs, or whichever fits the outputs.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Of matrix products; 'auto' takes bfloat16 where it is faster."
+    )
+    seed: int = Field(default=0, description="The order of batches.")
 
 
 class ExportQuantizeConfig(ModeConfig):

@@ -12,13 +12,22 @@ from modewright.errors import CheckpointError
 from modewright.quantization.config import QuantizeConfig, SchemeConfig
 from modewright.quantization.layers import (
     QuantizedLayer,
+    call_parts,
     insert_quantizers,
+    read_parts,
     remove_quantizers,
 )
 from modewright.quantization.planning import plan_layers
 from modewright.quantization.quantizer import Quantizer
 
 Metadata = dict[str, Any]
+ACTIVATIONS_DROPPED = (
+    "its activations are no longer quantized: a plain layer has no place for their scale"
+)
+TRANSFORMS_FOLDED = (
+    f"{ACTIVATIONS_DROPPED}; what was done to its inputs so that they quantize well is folded into "
+    "the weight"
+)
 
 
 def quantize(model: nn.Module, config: QuantizeConfig) -> tuple[nn.Module, Metadata]:
@@ -26,6 +35,7 @@ def quantize(model: nn.Module, config: QuantizeConfig) -> tuple[nn.Module, Metad
     plan = plan_layers(model, config)
     for name, scheme in plan.schemes.items():
         insert_quantizers(model.get_submodule(name), scheme)
+    call_parts(model)
     metadata = {
         "layers": {name: scheme.model_dump(mode="json") for name, scheme in plan.schemes.items()},
         "skipped": [{"module": n, "reason": r.value} for n, r in plan.skipped.items()],
@@ -38,6 +48,7 @@ def restore_quantize(model: nn.Module, metadata: Metadata) -> nn.Module:
     """Put the recorded quantizers back, without scales."""
     for name, scheme in metadata["layers"].items():
         insert_quantizers(layer_named(model, name), SchemeConfig.model_validate(scheme))
+    call_parts(model)
     return model
 
 
@@ -67,36 +78,53 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 
 def export_quantize(model: nn.Module) -> tuple[nn.Module, Metadata]:
-    """Fold the quantized weights into plain layers and remove all quantizers.
+    """Fold the quantized parameters into plain layers and remove all quantizers.
 
-    The scales of activations are gone afterwards: a plain layer cannot hold them.
+    What was set for the inputs of a layer is folded too: scale, rotation and low-rank branch become
+    part of its weight. The scales of activations are gone afterwards: a plain layer cannot hold
+    them.
     """
     folded: dict[nn.Parameter, nn.Parameter] = {}
     layers = quantized_layers(model)
-    activations = [
-        name
-        for name, layer in layers.items()
-        if layer.input_quantizer is not None or layer.output_quantizer is not None
-    ]
-    for layer in layers.values():
-        own = cast(nn.Parameter, layer._parameters["weight"])
-        if layer.weight_quantizer is not None:
-            if own not in folded:  # a shared weight is folded once and stays shared
-                with torch.no_grad():
-                    weight = layer.quantized_weight().contiguous()
-                folded[own] = nn.Parameter(weight, requires_grad=own.requires_grad)
-            layer._parameters["weight"] = folded[own]
+    skipped = []
+    for path, layer in layers.items():
+        if layer.activation_quantizers():
+            reason = TRANSFORMS_FOLDED if layer.transforms() else ACTIVATIONS_DROPPED
+            skipped.append({"module": path, "reason": reason})
+        made = _folded_parameters(layer, folded)
         remove_quantizers(layer)
-    reason = "its activations are no longer quantized: a plain layer has no place for their scale"
-    metadata = {
-        "layers": list(layers),
-        "skipped": [{"module": name, "reason": reason} for name in activations],
-    }
-    return model, metadata
+        for name, parameter in made.items():
+            setattr(layer, name, parameter)
+    read_parts(model)
+    return model, {"layers": list(layers), "skipped": skipped}
+
+
+def _folded_parameters(
+    layer: QuantizedLayer, folded: dict[nn.Parameter, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Return new parameters; one that is shared is folded once, kept in ``folded``, and shared."""
+    transformed = bool(layer.transforms())
+    names = dict.fromkeys(layer.quantized_parameters())
+    if transformed:
+        names["weight"] = None
+    made = {}
+    for name in names:
+        own = cast(nn.Parameter, layer._parameters[name])
+        alone = transformed and name == "weight"  # what is folded in belongs to this layer only
+        if alone or own not in folded:
+            with torch.no_grad():
+                value = layer.folded_parameter(name).to(own.dtype).contiguous()
+            made[name] = nn.Parameter(value, requires_grad=own.requires_grad)
+            if not alone:
+                folded[own] = made[name]
+        else:
+            made[name] = folded[own]
+    return made
 
 
 def restore_export(model: nn.Module, metadata: Metadata) -> nn.Module:
     """Remove the quantizers; the folded weights come from the checkpoint."""
     for name in metadata["layers"]:
         remove_quantizers(cast(QuantizedLayer, layer_named(model, name)))
+    read_parts(model)
     return model

@@ -1,19 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantization modes: names, configs, rules of order. What they do is in ``convert``.
+"""The quantization modes: names, configs, rules of order. What they do is elsewhere.
 
 Imports no torch, so that modes can be listed and explained without waiting for it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from modewright.modes.config import ModeConfig
 from modewright.modes.descriptor import Metadata, ModeDescriptor
 from modewright.modes.traits import Trait
 from modewright.quantization.config import (
+    AwqConfig,
+    EntropyConfig,
     ExportQuantizeConfig,
+    GptqConfig,
+    HqqConfig,
+    LearnedRoundingConfig,
+    LsqConfig,
     MaxCalibrateConfig,
+    MseConfig,
+    PercentileConfig,
     QuantizeConfig,
+    SmoothquantConfig,
 )
 
 if TYPE_CHECKING:
@@ -62,21 +73,27 @@ class QuantizeMode(ModeDescriptor[QuantizeConfig]):
         return plan_layers(model, config).lines()
 
 
-class MaxCalibrateMode(ModeDescriptor[MaxCalibrateConfig]):
-    """Set the scales of all quantizers from the largest magnitudes seen."""
+C = TypeVar("C", bound=ModeConfig)
 
-    name = "max_calibrate"
+
+class CalibratingMode(ModeDescriptor[C]):
+    """A mode that sets scales, codes or transforms of a quantized model, mostly from data.
+
+    Attributes:
+        home: ``module:function`` under ``quantization.passes`` that does it.
+    """
+
     technique = "quantization"
-    config_class = MaxCalibrateConfig
     requires = frozenset({Trait.FAKE_QUANTIZED})
     provides = frozenset({Trait.CALIBRATED})
     uses_calibration = True
     writes_in_place = False
+    home: ClassVar[str]
 
     def convert(
         self,
         model: nn.Module,
-        config: MaxCalibrateConfig,
+        config: C,
         *,
         calibration: object = None,
         on_batch: OnBatch | None = None,
@@ -86,20 +103,101 @@ class MaxCalibrateMode(ModeDescriptor[MaxCalibrateConfig]):
         Args:
             model: The model with quantizers.
             config: The config.
-            calibration: Batches, or a function that runs the model; static activations need it.
-            on_batch: Called after each batch with its number and the number of all.
+            calibration: Batches, or a function that runs the model.
+            on_batch: Called with how much is done, and how much there is.
         """
-        from modewright.quantization import calibrate
+        module, _, function = self.home.partition(":")
+        run = getattr(import_module(f"modewright.quantization.passes.{module}"), function)
+        result: tuple[nn.Module, Metadata] = run(
+            model, config, calibration=calibration, on_batch=on_batch
+        )
+        return result
 
-        return calibrate.max_calibrate(model, config, calibration=calibration, on_batch=on_batch)
+    def restore(self, model: nn.Module, config: C, metadata: Metadata) -> nn.Module:
+        """Make room for the recorded scales, codes and transforms."""
+        from modewright.quantization.passes.common import restore_buffers
 
-    def restore(
-        self, model: nn.Module, config: MaxCalibrateConfig, metadata: Metadata
-    ) -> nn.Module:
-        """Make room for the recorded scales."""
-        from modewright.quantization import calibrate
+        return restore_buffers(model, metadata)
 
-        return calibrate.restore_scales(model, metadata)
+
+class MaxCalibrateMode(CalibratingMode[MaxCalibrateConfig]):
+    """Set the scales of all quantizers from the largest magnitudes seen."""
+
+    name = "max_calibrate"
+    config_class = MaxCalibrateConfig
+    home = "ranges:max_calibrate"
+
+
+class PercentileMode(CalibratingMode[PercentileConfig]):
+    """Set the scales of activations so that the outermost values saturate."""
+
+    name = "percentile"
+    config_class = PercentileConfig
+    home = "ranges:percentile"
+
+
+class EntropyMode(CalibratingMode[EntropyConfig]):
+    """Set the scales of activations that keep their distribution closest."""
+
+    name = "entropy"
+    config_class = EntropyConfig
+    home = "ranges:entropy"
+
+
+class MseMode(CalibratingMode[MseConfig]):
+    """Search the scales with the least squared error, weighted by the inputs."""
+
+    name = "mse"
+    config_class = MseConfig
+    home = "ranges:mse"
+
+
+class HqqMode(CalibratingMode[HqqConfig]):
+    """Search the scales of weights without data (half-quadratic quantization)."""
+
+    name = "hqq"
+    config_class = HqqConfig
+    home = "ranges:hqq"
+
+
+class SmoothquantMode(CalibratingMode[SmoothquantConfig]):
+    """Divide inputs with outliers, and let the weights take their range over."""
+
+    name = "smoothquant"
+    config_class = SmoothquantConfig
+    home = "smoothing:smoothquant"
+
+
+class AwqMode(CalibratingMode[AwqConfig]):
+    """Enlarge the columns of weights that see large inputs, so that rounding costs less."""
+
+    name = "awq"
+    config_class = AwqConfig
+    home = "smoothing:awq"
+
+
+class GptqMode(CalibratingMode[GptqConfig]):
+    """Round weights one column after another; later ones make up for the error."""
+
+    name = "gptq"
+    config_class = GptqConfig
+    home = "gptq:convert"
+
+
+class LearnedRoundingMode(CalibratingMode[LearnedRoundingConfig]):
+    """Learn the rounding and clipping of weights, block by block."""
+
+    name = "learned_rounding"
+    config_class = LearnedRoundingConfig
+    home = "learned_rounding:convert"
+
+
+class LsqMode(CalibratingMode[LsqConfig]):
+    """Learn all scales together from the original model's predictions."""
+
+    name = "lsq"
+    config_class = LsqConfig
+    home = "lsq:convert"
 
 
 class ExportQuantizeMode(ModeDescriptor[ExportQuantizeConfig]):

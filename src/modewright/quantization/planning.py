@@ -20,12 +20,11 @@ from modewright.quantization.config import (
     SchemeConfig,
 )
 from modewright.quantization.layers import (
-    DEFAULT_TARGETS,
-    QUANTIZED_CLASSES,
-    READS_CHILDREN,
+    QuantizedLayer,
     fitted_scheme,
-    overrides_forward,
-    supported_base,
+    is_router,
+    layer_kind,
+    supported_names,
 )
 from modewright.quantization.schemes import scheme
 
@@ -33,11 +32,11 @@ from modewright.quantization.schemes import scheme
 class SkipReason(str, Enum):
     """Why a layer that a pattern matched is not quantized; the value is what the user reads."""
 
-    OWN_FORWARD = "its class overrides forward, which would bypass the quantizers"
-    READ_BY_PARENT = "its parent reads its weight without calling it"
+    ROUTER = "it picks or weighs experts: small, and it decides; name it in a pattern to quantize it"
     SHARED_WEIGHT = "its weight is shared with a layer that is not quantized in the same way"
     NOT_FLOATING = "its weight is not a floating-point tensor"
     NO_PARAMETER = "its weight is no parameter yet, or is computed from others"
+    OFFLOADED = "its weight is offloaded by accelerate: load the model without offloading"
 
 
 @dataclass
@@ -97,23 +96,35 @@ def plan_layers(model: nn.Module, config: QuantizeConfig) -> LayerPlan:
     wanted = {name: layer for name, layer in fitted.items() if layer != SchemeConfig()}
     if not wanted and not config.on_unmatched == "report":
         raise MatchError(
-            f"mode 'quantize' would quantize nothing: of {len(modules) - 1} modules none is a "
-            f"{', '.join(cls.__name__ for cls in QUANTIZED_CLASSES)} that the rules pick."
+            f"mode 'quantize' would quantize nothing: of {len(modules) - 1} modules none is "
+            f"picked by the rules and one of {supported_names()}."
         )
     plan = LayerPlan(unmatched=matched.unmatched)
-    skipped = _skips(modules, wanted)
+    skipped = _skips(modules, wanted, matched.named)
     plan.skipped = skipped
     plan.schemes = {name: layer for name, layer in wanted.items() if name not in skipped}
     return plan
 
 
 class _Matching:
-    """Matches patterns, and remembers or refuses those that match nothing."""
+    """Matches patterns, and remembers or refuses those that match nothing.
+
+    Attributes:
+        unmatched: The patterns that matched nothing.
+        named: The paths that a target names, not only their class or with a wildcard at the end.
+    """
 
     def __init__(self, modules: dict[str, nn.Module], config: QuantizeConfig) -> None:
         self._modules = modules
         self._strict = config.on_unmatched == "error"
+        asks_for_kv = _asks_for_kv(config)
+        self._kinds: dict[str, type[QuantizedLayer]] = {}
+        for name, module in modules.items():
+            kind = layer_kind(module)
+            if kind is not None and (asks_for_kv or kind.parameter_names(module)):
+                self._kinds[name] = kind
         self.unmatched: tuple[str, ...] = ()
+        self.named: set[str] = set()
 
     def names(self, patterns: tuple[str, ...], where: str) -> frozenset[str]:
         """Return the paths of all modules that a pattern matches."""
@@ -124,19 +135,16 @@ class _Matching:
     ) -> list[str]:
         """Return the paths of layers that can be quantized, in the order of the model."""
         if patterns is None:  # here a model that is one layer counts too; patterns name parts
-            found = match_modules(self._modules, DEFAULT_TARGETS).names | self._root_layer()
+            found = frozenset(name for name, kind in self._kinds.items() if kind.by_default)
         else:
             matches = self._matches(patterns, where)
             for pattern, names in matches.by_pattern.items():
-                if names and not any(supported_base(self._modules[n]) for n in names):
+                if names and not any(name in self._kinds for name in names):
                     self._refuse(pattern, names, where)
+                self.named |= {n for n in names if n.rpartition(".")[2] in pattern}
             found = matches.names
         found -= self.names(ignore, where.replace("targets", "ignore"))
-        return [n for n, m in self._modules.items() if n in found and supported_base(m)]
-
-    def _root_layer(self) -> frozenset[str]:
-        is_target = type(self._modules[""]).__name__ in DEFAULT_TARGETS
-        return frozenset({""}) if is_target else frozenset()
+        return [name for name in self._kinds if name in found]
 
     def _matches(self, patterns: tuple[str, ...], where: str) -> Matches:
         if self._strict:
@@ -152,8 +160,7 @@ class _Matching:
         kinds = sorted({type(self._modules[n]).__name__ for n in names})
         raise MatchError(
             f"`{where}` of mode 'quantize': {pattern!r} matches only {', '.join(kinds)}, which "
-            "cannot be quantized. Supported: "
-            f"{', '.join(cls.__name__ for cls in QUANTIZED_CLASSES)}. To reach the layers "
+            f"cannot be quantized. Supported: {supported_names()}. To reach the layers "
             "inside a container, end the pattern with '.*'."
         )
 
@@ -174,29 +181,61 @@ def _changed(current: SchemeConfig | None, rule: Rule, where: str) -> SchemeConf
         ) from error
 
 
-def _skips(modules: dict[str, nn.Module], wanted: dict[str, SchemeConfig]) -> dict[str, SkipReason]:
+def _asks_for_kv(config: QuantizeConfig) -> bool:
+    """Whether keys and values of attention are to be quantized anywhere."""
+    names = [config.scheme, *(rule.scheme for rule in config.rules if rule.scheme is not None)]
+    schemes = [scheme(name) for name in names]
+    return any(s is not None and s.kv_cache is not None for s in schemes) or any(
+        rule.kv_cache is not None for rule in config.rules
+    )
+
+
+def _skips(
+    modules: dict[str, nn.Module], wanted: dict[str, SchemeConfig], named: set[str]
+) -> dict[str, SkipReason]:
+    quantized = {name: _parameter_names(modules[name]) for name in wanted}
     skipped: dict[str, SkipReason] = {}
     for name in wanted:
-        module, parent = modules[name], modules[name.rpartition(".")[0]]
-        base = supported_base(module)
-        if base is None or overrides_forward(module, base):
-            skipped[name] = SkipReason.OWN_FORWARD
-        elif isinstance(parent, READS_CHILDREN):
-            skipped[name] = SkipReason.READ_BY_PARENT
-        else:
-            weight = module._parameters.get("weight")
-            if weight is None or is_lazy(weight):
-                skipped[name] = SkipReason.NO_PARAMETER
-            elif not weight.is_floating_point():
-                skipped[name] = SkipReason.NOT_FLOATING
+        reason = _reason(modules[name], quantized[name])
+        if name not in named and is_router(name, modules):
+            reason = SkipReason.ROUTER
+        if reason is not None:
+            skipped[name] = reason
     for places in _sharing(modules):
-        layers = [wanted.get(n) if k == "weight" and n not in skipped else None for n, k in places]
+        layers = [
+            wanted.get(n) if k in quantized.get(n, ()) and n not in skipped else None
+            for n, k in places
+        ]
         weights = [layer and layer.weights for layer in layers]
         if any(w != weights[0] for w in weights):
             for name, key in places:
-                if key == "weight" and name in wanted:
+                if key in quantized.get(name, ()):
                     skipped.setdefault(name, SkipReason.SHARED_WEIGHT)
     return skipped
+
+
+def _parameter_names(module: nn.Module) -> tuple[str, ...]:
+    kind = layer_kind(module)
+    return () if kind is None else kind.parameter_names(module)
+
+
+def _reason(module: nn.Module, names: tuple[str, ...]) -> SkipReason | None:
+    """Return why the parameters of one layer cannot be quantized."""
+    if names and _is_offloaded(module):
+        return SkipReason.OFFLOADED
+    for name in names:
+        parameter = module._parameters.get(name)
+        if parameter is None or is_lazy(parameter):
+            return SkipReason.NO_PARAMETER
+        if not parameter.is_floating_point():
+            return SkipReason.NOT_FLOATING
+    return None
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate fetches the parameters when the layer runs."""
+    hook = module.__dict__.get("_hf_hook")
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
 
 
 def _sharing(modules: dict[str, nn.Module]) -> list[list[tuple[str, str]]]:

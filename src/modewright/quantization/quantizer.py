@@ -22,7 +22,7 @@ from torch import nn
 
 from modewright.calibration.statistics import RangeObserver
 from modewright.errors import DataError
-from modewright.formats.affine import dequantize, fake_quantize
+from modewright.formats.affine import dequantize, fake_quantize, quantize
 from modewright.formats.catalogue import decode, encode, format_named
 from modewright.formats.floating import FP8_E4M3, round_float
 from modewright.formats.grouping import Grouping
@@ -51,6 +51,8 @@ class Quantizer(nn.Module):
         codes: Chosen codes, uint8, of the shape of the weight; ``None`` for the nearest ones.
         observer: While one is set, tensors are observed and passed on unchanged.
         enabled: While it is ``False``, tensors are passed on unchanged.
+        substitute: While one is set, its result is returned: how an algorithm that learns with
+            gradients puts its parameters in the place of buffers.
     """
 
     scale: torch.Tensor | None
@@ -67,6 +69,7 @@ class Quantizer(nn.Module):
         )
         self.observer: RangeObserver | None = None
         self.enabled = True
+        self.substitute: Callable[[torch.Tensor], torch.Tensor] | None = None
         for name in BUFFERS:
             self.register_buffer(name, None)
 
@@ -77,16 +80,27 @@ class Quantizer(nn.Module):
         if self.observer is not None:
             self.observer.update(tensor)
             return tensor
+        if self.substitute is not None:
+            return self.substitute(tensor)
         if self.codes is not None:
             return self.dequantized(self.codes, tensor.dtype)
-        grouped = self.grouping.split(tensor)
-        scale, zero_point = self.effective_scale, self.zero_point
+        scale = self.effective_scale
         if scale is None:
-            scale, zero_point = max_scale(
-                grouped, self.format, self.config.scale_format, self._level_of(tensor)
-            )
-        result = fake_quantize(grouped, scale, zero_point, self.format)
+            return self.fresh(tensor)
+        grouped = self.grouping.split(tensor)
+        result = fake_quantize(grouped, scale, self.zero_point, self.format)
         return self.grouping.join(result, tensor.shape)
+
+    def fresh(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what remains of ``tensor`` with max scales of its own, whatever is calibrated."""
+        grouped = self.fresh_groups(self.grouping.split(tensor))
+        return self.grouping.join(grouped, tensor.shape)
+
+    def fresh_groups(self, grouped: torch.Tensor) -> torch.Tensor:
+        """Do what :meth:`fresh` does to a grouped tensor."""
+        level = self.level_of(grouped)
+        scale, zero_point = max_scale(grouped, self.format, self.config.scale_format, level)
+        return fake_quantize(grouped, scale, zero_point, self.format)
 
     @property
     def effective_scale(self) -> torch.Tensor | None:
@@ -108,13 +122,23 @@ class Quantizer(nn.Module):
         values = dequantize(grouped, scale, self.zero_point)
         return self.grouping.join(values.to(dtype), codes.shape)
 
+    def code_values(self) -> torch.Tensor:
+        """Return the chosen codes as numbers of the format, float32, in the weight's shape.
+
+        Raises:
+            DataError: None were chosen.
+        """
+        if self.codes is None:
+            raise DataError("no codes were chosen for this tensor.")
+        return decode(self.codes, self.format)
+
     def set_from_tensor(self, tensor: torch.Tensor) -> None:
         """Take the scale from a tensor that does not change, such as a weight.
 
         Raises:
             DataError: The tensor has values that are not finite.
         """
-        level = self._level_of(tensor)
+        level = self.level_of(tensor)
         grouped = self.grouping.split(tensor)
         scale, zero_point = max_scale(grouped, self.format, self.config.scale_format, level)
         self.set_scale(scale, zero_point, level)
@@ -147,6 +171,11 @@ class Quantizer(nn.Module):
         self.zero_point, self.global_scale = zero_point, global_scale
         self.codes = None
 
+    def forget(self) -> None:
+        """Forget scales and codes: they come from each tensor again."""
+        for name in BUFFERS:
+            setattr(self, name, None)
+
     def choose(self, values: torch.Tensor) -> None:
         """Fix the codes of a weight.
 
@@ -156,6 +185,18 @@ class Quantizer(nn.Module):
                 the weight.
         """
         self.codes = encode(values, self.format)
+
+    def choose_nearest(self, tensor: torch.Tensor) -> None:
+        """Fix the nearest codes of a weight, so that changed scales do not change them.
+
+        Raises:
+            DataError: There are no scales.
+        """
+        scale = self.effective_scale
+        if scale is None:
+            raise DataError("without a scale there are no nearest codes: calibrate first.")
+        values = quantize(self.grouping.split(tensor), scale, self.zero_point, self.format)
+        self.choose(self.grouping.join(values, tensor.shape))
 
     def allocate(self, shapes: dict[str, list[int]], device: torch.device | None) -> None:
         """Make room for buffers that are loaded later; until then outputs are NaN.
@@ -195,8 +236,8 @@ class Quantizer(nn.Module):
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _level_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return the scale of a whole tensor, if the scale format has one."""
+    def level_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the scale of a whole tensor, scalar; ``None`` if the scale format has none."""
         if self.config.scale_format != "e4m3":
             return None
         if self.global_scale is not None:

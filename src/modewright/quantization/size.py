@@ -4,21 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 
-from modewright.quantization.layers import channel_axis
-from modewright.quantization.representation import SchemeConfig
+from modewright.formats.grouping import Grouping
+from modewright.quantization.layers import QuantizedLayer, layer_kind
+from modewright.quantization.layers.base import TRANSFORM_BUFFERS
+from modewright.quantization.representation import QuantizerConfig, SchemeConfig
 
-SCALE_BITS = 16
+SCALE_BITS = {"fp32": 16, "e8m0": 8, "e4m3": 8}  # a float32 scale would be stored as 16 bits
+TENSOR_SCALE_BITS = 32  # beside scales in e4m3
 
 
 def packed_bytes(model: nn.Module, layers: Mapping[str, Any]) -> int:
-    """Return the bytes of all parameters if the weights of ``layers`` were packed.
+    """Return the bytes of all parameters if the quantized ones of ``layers`` were packed.
 
-    Scales count 16 bits each, zero points as many as a weight; tied weights count once; everything
-    that is not quantized counts as it is.
+    Scales count 16 bits each, or as many as their format has, zero points as many as a weight; tied
+    weights count once; low-rank branches, and everything that is not quantized, count as they are.
 
     Args:
         model: The model, with its quantizers or after they were folded.
@@ -27,16 +31,29 @@ def packed_bytes(model: nn.Module, layers: Mapping[str, Any]) -> int:
     bits: dict[int, int] = {}
     for parameter in model.parameters():
         bits[id(parameter)] = parameter.numel() * parameter.element_size() * 8
-    for name, recorded in layers.items():
+    for path, recorded in layers.items():
+        module = model.get_submodule(path)
         weights = SchemeConfig.model_validate(recorded).weights
-        weight = model.get_submodule(name)._parameters["weight"]
-        if weights is None or weight is None:
+        kind = layer_kind(module)
+        if kind is None:
             continue
-        channels = weight.shape[channel_axis(model.get_submodule(name))]
-        inputs = weight.numel() // max(channels, 1)
-        groups = {"tensor": 1, "channel": channels}.get(weights.granularity)
-        if groups is None:
-            groups = channels * -(-inputs // (weights.group_size or inputs))
-        extra = SCALE_BITS + (0 if weights.symmetric else weights.num_bits)
-        bits[id(weight)] = weight.numel() * weights.num_bits + groups * extra
+        for name in kind.parameter_names(module) if weights is not None else ():
+            parameter = cast(nn.Parameter, module._parameters[name])
+            empty = torch.empty_like(parameter, device="meta")
+            shape = kind.arranged(module, name, empty).shape
+            packed = _packed_bits(cast(QuantizerConfig, weights), shape, kind.channel_axis)
+            bits[id(parameter)] = packed
+        for name in TRANSFORM_BUFFERS if isinstance(module, QuantizedLayer) else ():
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                bits[id(buffer)] = buffer.numel() * buffer.element_size() * 8
     return sum(bits.values()) // 8
+
+
+def _packed_bits(config: QuantizerConfig, shape: torch.Size, channel_axis: int) -> int:
+    """Return the bits of codes, scales and zero points of one tensor."""
+    grouping = Grouping(config.granularity, config.group_size, channel_axis, config.block_size)
+    rows, groups = grouping.scale_shape(shape)
+    each = SCALE_BITS[config.scale_format] + (0 if config.symmetric else config.num_bits)
+    whole = TENSOR_SCALE_BITS if config.scale_format == "e4m3" else 0
+    return shape.numel() * config.num_bits + rows * groups * each + whole

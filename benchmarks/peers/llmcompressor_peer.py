@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""llm-compressor: rounding to nearest, GPTQ and SmoothQuant.
+
+Algorithms: ``rtn``, ``gptq``, ``smoothquant`` (then ``rtn``). The tool leaves a model that rounds
+in a wrapped forward of the layers. It is measured like that, without saving it; only the weights
+are rounded once instead of in each forward, with the tool's own function.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import measure
+import torch
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+PRESETS = {"fp8": "FP8_DYNAMIC", "nvfp4": "NVFP4", "mxfp4": "MXFP4"}
+
+
+def numbers(scheme: measure.Scheme, targets: list[str]) -> dict[str, Any]:
+    """Say the scheme in the tool's words."""
+    if scheme.integer is None:
+        return {"targets": targets, "scheme": PRESETS[scheme.name]}
+    group: dict[str, Any] = {
+        "targets": targets,
+        "weights": {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": "group" if scheme.group else "channel",
+            "group_size": scheme.group or None,
+        },
+    }
+    if scheme.input_bits < 16:
+        group["input_activations"] = {
+            "num_bits": scheme.input_bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+    return {"config_groups": {"group_0": group}}
+
+
+@torch.no_grad()
+def fold(model: torch.nn.Module) -> None:
+    """Round the weights once and for all."""
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.weights is not None:
+            rounded = forward_quantize(module, module.weight.data, "weight", scheme.weights)
+            module.weight.data.copy_(rounded)
+            module.quantization_scheme = scheme.model_copy(update={"weights": None})
+
+
+def optimize(task: measure.Task, model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model with quantized layers."""
+    kind = GPTQModifier if task.algorithm == "gptq" else QuantizationModifier
+    recipe = [kind(**numbers(task.scheme, measure.linears(model, task.minilm)))]
+    if task.algorithm == "smoothquant":
+        recipe.insert(0, SmoothQuantModifier())  # its defaults: strength 0.5
+    rows = [{k: v[0].tolist() for k, v in row.items()} for row in task.calibration()]
+    needs_data = task.algorithm != "rtn" or task.scheme.name == "nvfp4"
+    data = Dataset.from_list(rows) if needs_data else None
+    oneshot(
+        model=model,
+        tokenizer=task.tokenizer(),
+        recipe=recipe,
+        dataset=data,
+        num_calibration_samples=len(rows),
+        max_seq_length=512,
+        pipeline="independent",
+    )
+    fold(model)
+    return model
+
+
+if __name__ == "__main__":
+    measure.run("llmcompressor", optimize)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Learned rounding: move weights across rounding boundaries, and clip them, by gradient descent.
+
+For every weight an offset in ``[-1/2, 1/2]`` steps is added before rounding, and for every group two
+factors shrink the range that the scale covers; all of them are learned on what a whole block puts
+out (Cheng et al. 2023, *SignRound*; Li et al. 2021, *BRECQ*, for the reconstruction of blocks).
+Rounding passes gradients straight through.
+
+Codes that another algorithm has chosen can be the start: an offset then moves the value next to
+its code's side of the boundary, so that the first forward pass gives exactly those codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from modewright.formats.affine import quantize
+from modewright.formats.catalogue import NumberFormat, round_to
+from modewright.formats.integer import IntegerFormat
+from modewright.formats.scaling import ScaleFormat, round_scale
+
+Optimizer = Literal["sign", "adam"]
+
+_EDGE = 0.45  # how far from its code, in steps, a value may start that is to round to it
+_LEAST, _MOST = 0.3, 1.1  # range of the factors on scales
+
+
+class _RoundTo(torch.autograd.Function):
+    """Rounds to a format; the gradient is that of the identity within its range."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
+        margin = 0.5 if isinstance(fmt, IntegerFormat) else 0.0
+        ctx.save_for_backward(
+            (values >= fmt.min_value - margin) & (values <= fmt.max_value + margin)
+        )
+        return round_to(values, fmt)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None
+
+
+class _Through(torch.autograd.Function):
+    """Returns a second tensor in the forward pass, the first one's gradient in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+class LearnedWeight:
+    """The parameters that decide how one weight is rounded.
+
+    Args:
+        grouped: The weight, float32 ``[rows, groups, group]``.
+        scale: Effective scale to start from, ``[rows, groups]``.
+        zero_point: The same shape, or ``None``.
+        fmt: The format of the codes.
+        scale_format: What scales are rounded to.
+        global_scale: The tensor's scale, for the scale format ``"e4m3"``.
+        codes: Numbers of the format to start from, of the shape of ``grouped``; the nearest ones
+            if left out.
+
+    Attributes:
+        offset: ``[rows, groups, group]``, in steps.
+        factor: ``[rows, groups]``, what the scale is multiplied with.
+        shift: ``[rows, groups]``, what the zero point is moved by, in steps; ``None`` without one.
+    """
+
+    def __init__(
+        self,
+        grouped: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        fmt: NumberFormat,
+        *,
+        scale_format: ScaleFormat = "fp32",
+        global_scale: torch.Tensor | None = None,
+        codes: torch.Tensor | None = None,
+    ) -> None:
+        self.grouped, self.format = grouped, fmt
+        self._scale, self._zero_point = scale, zero_point
+        self._scale_format, self._level = scale_format, global_scale
+        self.offset = self._first_offset(codes).requires_grad_(True)
+        self.factor = torch.ones_like(scale).requires_grad_(True)
+        self.shift = None
+        if zero_point is not None:
+            self.shift = torch.zeros_like(scale).requires_grad_(True)
+        self._bound = self.offset.detach().abs().clamp_min(0.5)
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """Everything that is learned: offsets first, then what belongs to scales."""
+        return [p for p in (self.offset, self.factor, self.shift) if p is not None]
+
+    def scale(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return effective scale and zero point as they are now, differentiable."""
+        wanted = self._scale * self.factor
+        scale = wanted
+        if self._scale_format != "fp32":
+            rounded = round_scale(wanted.detach(), self._scale_format, self._level)
+            scale = through(wanted, rounded)
+        if self._zero_point is None or self.shift is None:
+            return scale, None
+        # Shrinking the scale keeps the middle of the range where it was.
+        middle = (self.format.max_value + self.format.min_value) / 2
+        wanted = (self._zero_point - middle) / self.factor + middle + self.shift
+        whole = wanted.detach().round().clamp(self.format.min_value, self.format.max_value)
+        return scale, through(wanted, whole)
+
+    def codes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return numbers of the format, scale and zero point, differentiable."""
+        scale, zero_point = self.scale()
+        values = self.grouped / scale.unsqueeze(-1) + self.offset
+        if zero_point is not None:
+            values = through(values, values.detach().round()) + zero_point.unsqueeze(-1)
+        rounded: torch.Tensor = _RoundTo.apply(values, self.format)  # type: ignore[no-untyped-call]
+        return rounded, scale, zero_point
+
+    def values(self) -> torch.Tensor:
+        """Return the weight as it is rounded now, ``[rows, groups, group]``, differentiable."""
+        codes, scale, zero_point = self.codes()
+        if zero_point is not None:
+            codes = codes - zero_point.unsqueeze(-1)
+        return codes * scale.unsqueeze(-1)
+
+    def clamp(self) -> None:
+        """Put parameters back into their range."""
+        with torch.no_grad():
+            self.offset.clamp_(-self._bound, self._bound)
+            self.factor.clamp_(_LEAST, _MOST)
+
+    def _first_offset(self, codes: torch.Tensor | None) -> torch.Tensor:
+        if codes is None:
+            return torch.zeros_like(self.grouped)
+        nearest = quantize(self.grouped, self._scale, self._zero_point, self.format)
+        place = self.grouped / self._scale.unsqueeze(-1)
+        wanted = codes
+        if self._zero_point is not None:
+            wanted = codes - self._zero_point.unsqueeze(-1)
+        edge = _EDGE if isinstance(self.format, IntegerFormat) else 0.0
+        moved = place.clamp(wanted - edge, wanted + edge) - place
+        return torch.where(nearest == codes, torch.zeros_like(moved), moved)
+
+
+def through(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """Return ``rounded``, with the gradient of ``values``."""
+    result: torch.Tensor = _Through.apply(values, rounded)  # type: ignore[no-untyped-call]
+    return result
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How parameters are learned.
+
+    Attributes:
+        iterations: Steps of the optimizer.
+        rate: Learning rate of offsets; falls linearly to zero. With ``"sign"``, an offset can move
+            by ``rate * iterations / 2`` at most.
+        scale_rate: The same of factors on scales.
+        optimizer: ``"sign"`` moves by the sign of the gradient, ``"adam"`` as Kingma & Ba 2014.
+    """
+
+    iterations: int
+    rate: float
+    scale_rate: float
+    optimizer: Optimizer = "sign"
+
+
+def learn(
+    weights: Sequence[LearnedWeight],
+    loss: Callable[[int], torch.Tensor],
+    schedule: Schedule,
+) -> list[float]:
+    """Learn the parameters of all weights of a block together, in place.
+
+    Args:
+        weights: The weights; ``loss`` reads them.
+        loss: Computes the loss of a step, given its number from 0.
+        schedule: How.
+
+    Returns:
+        The loss at every step.
+    """
+    groups = [
+        {"params": [p], "base": schedule.rate if index == 0 else schedule.scale_rate}
+        for weight in weights
+        for index, p in enumerate(weight.parameters)
+    ]
+    parameters: list[torch.Tensor] = [group["params"][0] for group in groups]  # type: ignore[index]
+    adam = torch.optim.Adam(groups, lr=schedule.rate, betas=(0.9, 0.95))
+    history = []
+    for step in range(schedule.iterations):
+        value = loss(step)
+        history.append(float(value.detach()))
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        remaining = 1 - step / schedule.iterations
+        with torch.no_grad():
+            for group, parameter, gradient in zip(
+                adam.param_groups, parameters, gradients, strict=True
+            ):
+                group["lr"] = group["base"] * remaining
+                if gradient is not None and schedule.optimizer == "sign":
+                    parameter.sub_(gradient.sign(), alpha=group["lr"])
+                parameter.grad = gradient
+            if schedule.optimizer == "adam":
+                adam.step()
+        for weight in weights:
+            weight.clamp()
+    for parameter in parameters:
+        parameter.grad = None
+    return history

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Walking a quantized network block by block, and reading what its layers get.
+
+The passes that choose scales or codes from data all go this way: the block driver brings one block
+at a time with its inputs, in the original network and in the quantized one; layers that share an
+input are one group, and the groups are solved in the order in which they run, so that each sees
+what the ones before it became.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from modewright.calibration.driver import Block, Call, walk_blocks
+from modewright.errors import DataError
+from modewright.quantization.convert import quantized_layers
+from modewright.quantization.layers import QuantizedLayer
+from modewright.quantization.quantizer import disabled, quantizers_of
+
+Metadata = dict[str, Any]
+OnBlock = Callable[[int, "int | None"], None]
+
+
+@contextmanager
+def as_original(module: nn.Module) -> Iterator[None]:
+    """Let a quantized module compute what it did before it was quantized."""
+    with disabled(quantizers_of(module)):
+        yield
+
+
+def walk(
+    model: nn.Module,
+    calibration: object,
+    solve: Callable[[Block], Metadata],
+    *,
+    mode: str,
+    keep_original: bool = True,
+    on_batch: OnBlock | None = None,
+) -> dict[str, Metadata]:
+    """Run a pass over every block of a quantized model.
+
+    Args:
+        model: The model with quantizers.
+        calibration: Batches, or a function that runs the model.
+        solve: What is done to one block; returns JSON-like data about it.
+        mode: Name of the mode, for messages.
+        keep_original: Whether blocks bring the inputs of the original network too.
+        on_batch: Called after each block with how many are done, and how many there are.
+
+    Returns:
+        By block what ``solve`` returned.
+
+    Raises:
+        DataError: There is no data.
+    """
+    if calibration is None:
+        raise DataError(
+            f"mode {mode!r} needs data that the model is run on: pass "
+            "mode_kwargs={'calibration': batches}."
+        )
+    return walk_blocks(
+        model,
+        calibration,
+        solve,
+        as_original=as_original,
+        keep_original=keep_original,
+        on_block=on_batch,
+    )
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers of a block that get the same input, by path inside the block."""
+
+    layers: dict[str, QuantizedLayer]
+
+    @property
+    def first(self) -> QuantizedLayer:
+        """The layer that runs first."""
+        return next(iter(self.layers.values()))
+
+
+class _Reached(BaseException):
+    """Ends a forward pass once the wanted inputs were seen; never leaves this file."""
+
+
+def layer_groups(block: Block) -> list[LayerGroup]:
+    """Return the layers with quantized weights by shared input, in the order in which they run."""
+    layers = quantized_layers(block.module)
+    order: dict[str, int] = {}
+    kept: list[torch.Tensor] = []  # alive, so that no two of them have one address
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], torch.Tensor) and name not in order:
+                kept.append(args[0])
+                order[name] = id(args[0])
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            for call in block.calls:
+                block.run(call)
+                if len(order) == len(layers):
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[int, dict[str, QuantizedLayer]] = {}
+    for name, key in order.items():
+        layer = layers[name]
+        if layer.weight_quantizer is None or not layer.has_rows:
+            continue
+        groups.setdefault(key, {})[name] = layer
+    return [LayerGroup(members) for members in groups.values()]
+
+
+def input_rows(
+    block: Block, group: LayerGroup, *, original: bool = False, quantized: bool = True
+) -> Iterator[torch.Tensor | None]:
+    """Yield for every call the rows ``[n, in]`` that the weights of a group multiply, float32.
+
+    Args:
+        block: The block.
+        group: Layers with one input.
+        original: Take the inputs that the original network has; otherwise those of the quantized
+            network.
+        quantized: Pass the inputs of the quantized network through the layer's input quantizer.
+
+    Yields:
+        The rows; ``None`` for a call that does not reach the layer, and for a layer whose weight is
+        not one matrix that multiplies rows.
+    """
+    layer = group.first
+    calls = block.original_calls if original else block.calls
+    context = as_original(block.module) if original else nullcontext()
+    with context:
+        for call in calls:
+            yield _rows(block, call, layer, quantized)
+
+
+def _rows(
+    block: Block, call: Call, layer: QuantizedLayer, quantized: bool
+) -> torch.Tensor | None:
+    found: list[torch.Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0])
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(hook)
+    try:
+        with torch.no_grad():
+            block.run(call)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    if not found:
+        return None
+    with torch.no_grad():
+        prepare = layer.quantized_input if quantized else layer.transformed_input
+        return layer.input_rows(prepare(found[0]))

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all calibrating modes record, and how that is restored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from modewright.errors import DataError
+from modewright.quantization.convert import layer_named, quantized_layers, quantizers
+from modewright.quantization.layers import QuantizedLayer
+from modewright.quantization.quantizer import Quantizer
+
+Metadata = dict[str, Any]
+NOT_REACHED = "this mode does not reach it: its weight has max scales"
+NO_TOKENS = "it received no calibration data: its weight is rounded to nearest"
+
+
+def require_tokens(
+    seen: int, layer: QuantizedLayer, minimum: int, found: Metadata, name: str
+) -> bool:
+    """Whether a layer saw enough rows; note it if it did not, and round it to nearest."""
+    if seen >= max(minimum, 1):
+        return True
+    if layer.weight_quantizer is not None:
+        layer.weight_quantizer.set_from_tensor(layer.to_quantize("weight").detach())
+    few = f"it saw only {seen} of {minimum} tokens: its weight is rounded to nearest"
+    found[name] = {"skipped": few if seen else NO_TOKENS}
+    return False
+
+
+def set_max_scale(path: str, layer: QuantizedLayer, parameter: str) -> None:
+    """Take the scales of one parameter from its largest magnitudes.
+
+    Raises:
+        DataError: It holds values that are not finite.
+    """
+    quantizer = layer.quantized_parameters()[parameter]
+    try:
+        quantizer.set_from_tensor(layer.to_quantize(parameter).detach())
+    except DataError as error:
+        raise DataError(f"The {parameter} of {path!r} cannot be quantized: {error}") from error
+
+
+def row_weights(rows: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """Return what to multiply every row with, ``[n, 1]``, so that none counts too much.
+
+    The first token of a text has inputs a hundred times longer than others in many language
+    models, and would be all that a sum of squares sees.
+
+    Args:
+        rows: ``[n, in]``.
+        limit: How many times the median length a row may have; ``None`` for no limit.
+    """
+    if limit is None:
+        return rows.new_ones(len(rows), 1)
+    length = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    weights: torch.Tensor = (length.median() * limit / length).clamp(max=1.0)
+    return weights
+
+
+def finish(model: nn.Module, blocks: Mapping[str, Metadata]) -> Metadata:
+    """Return the metadata of a pass: what it did to each layer, and every buffer that is there.
+
+    Weights that the pass did not reach (outside all blocks, or of layers that it cannot solve)
+    get max scales, so that what is saved is what was measured.
+    """
+    layers: Metadata = {}
+    for block, found in blocks.items():
+        for name, entry in found.items():
+            layers[f"{block}.{name}" if block else name] = entry
+    skipped = [
+        {"module": name, "reason": entry.pop("skipped")}
+        for name, entry in layers.items()
+        if "skipped" in entry
+    ]
+    known = {item["module"] for item in skipped}
+    for name, layer in quantized_layers(model).items():
+        for parameter, quantizer in layer.quantized_parameters().items():
+            if quantizer.scale is None and not quantizer.config.dynamic:
+                set_max_scale(name, layer, parameter)
+                if name not in known:
+                    known.add(name)
+                    skipped.append({"module": name, "reason": NOT_REACHED})
+    return {
+        **buffers_of(model),
+        "solved": {name: entry for name, entry in layers.items() if entry},
+        "skipped": skipped,
+    }
+
+
+def buffers_of(model: nn.Module) -> Metadata:
+    """Return the shapes of everything that calibration added to a quantized model."""
+    return {
+        "scales": {name: q.shapes() for name, q in quantizers(model).items() if q.shapes()},
+        "transforms": {
+            name: layer.transforms()
+            for name, layer in quantized_layers(model).items()
+            if layer.transforms()
+        },
+    }
+
+
+def restore_buffers(model: nn.Module, metadata: Metadata) -> nn.Module:
+    """Make room for what the checkpoint holds."""
+    layers = quantized_layers(model)
+    for name, transforms in metadata.get("transforms", {}).items():
+        cast(QuantizedLayer, layer_named(model, name)).allocate_transforms(transforms)
+    for name, recorded in metadata["scales"].items():
+        quantizer = cast(Quantizer, layer_named(model, name))
+        layer = layers[name.rpartition(".")[0]]
+        quantizer.allocate(buffer_shapes(recorded, quantizer), layer.parameter_device())
+    return model
+
+
+def buffer_shapes(recorded: Any, quantizer: Quantizer) -> dict[str, list[int]]:
+    """Return the shapes of a quantizer's buffers; early records hold that of the scale alone."""
+    if isinstance(recorded, dict):
+        return recorded
+    names = ("scale",) if quantizer.config.symmetric else ("scale", "zero_point")
+    return {name: list(recorded) for name in names}

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mode ``gptq``: choose the codes of every weight so that the layer's output changes least."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from modewright.calibration.driver import Block
+from modewright.quantization.algorithms.gptq import corrected_target, gptq, output_error
+from modewright.quantization.blockwise import LayerGroup, OnBlock, input_rows, layer_groups, walk
+from modewright.quantization.config import GptqConfig
+from modewright.quantization.layers import QuantizedLayer
+from modewright.quantization.passes.common import finish, require_tokens, row_weights
+from modewright.quantization.passes.weights import WeightGrid
+
+Metadata = dict[str, Any]
+
+
+def convert(
+    model: nn.Module,
+    config: GptqConfig,
+    *,
+    calibration: object = None,
+    on_batch: OnBlock | None = None,
+) -> tuple[nn.Module, Metadata]:
+    """Walk the blocks and solve each group of layers.
+
+    Raises:
+        DataError: There is no calibration data.
+    """
+
+    def solve(block: Block) -> Metadata:
+        found: Metadata = {}
+        for group in layer_groups(block):
+            hessian, cross, tokens = second_moments(block, group, config)
+            for name, layer in group.layers.items():
+                if require_tokens(tokens, layer, config.min_tokens, found, name):
+                    found[name] = _solve_layer(layer, hessian, cross, config)
+        return found
+
+    blocks = walk(
+        model,
+        calibration,
+        solve,
+        mode="gptq",
+        keep_original=config.correct_inputs,
+        on_batch=on_batch,
+    )
+    return model, finish(model, blocks)
+
+
+def second_moments(
+    block: Block, group: LayerGroup, config: GptqConfig
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Return ``X^T X`` of a group's inputs, ``X_original^T X`` if wanted, and the rows seen.
+
+    Rows much longer than the median one of their batch are scaled down (``row_weights``).
+    """
+    hessian = cross = torch.zeros(())
+    seen = 0
+    originals = input_rows(block, group, original=True) if config.correct_inputs else None
+    for rows in input_rows(block, group):
+        other = None if originals is None else next(originals)
+        if rows is None or not len(rows):
+            continue
+        seen += len(rows)
+        weight = row_weights(rows, config.max_row_norm)
+        rows = rows * weight
+        hessian = hessian + rows.t() @ rows
+        if other is None or other.shape != rows.shape:  # experts get other tokens than they did
+            other = rows / weight
+        cross = cross + (other * weight).t() @ rows
+    return hessian, (cross if config.correct_inputs else None), seen
+
+
+def _solve_layer(
+    layer: QuantizedLayer, hessian: torch.Tensor, cross: torch.Tensor | None, config: GptqConfig
+) -> Metadata:
+    grid = WeightGrid(layer)
+    weight = grid.matrix
+    target = weight
+    if cross is not None:
+        target = corrected_target(weight, hessian, cross, damping=config.correction_damping)
+    importance = hessian.diagonal().expand_as(target)
+    grid.set_scale(target, importance=importance if config.search_scale else None)
+    scale, zero_point = grid.expanded()
+    values = gptq(
+        target,
+        hessian,
+        scale,
+        zero_point,
+        grid.format,
+        damping=config.damping,
+        activation_order=config.activation_order,
+    )
+    nearest = grid.nearest(target)
+    errors = [output_error(target, grid.values(v), hessian).sum() for v in (values, nearest)]
+    grid.choose(values if errors[0] <= errors[1] else nearest)
+    power = output_error(target, torch.zeros_like(target), hessian).sum().clamp_min(1e-30)
+    return {
+        "relative_error": float(min(errors) / power),
+        "relative_error_nearest": float(errors[1] / power),
+    }

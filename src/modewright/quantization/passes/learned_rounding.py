@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mode ``learned_rounding``: learn how a block is rounded and clipped from what it puts out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from modewright.calibration.driver import Block
+from modewright.quantization.algorithms.learned_rounding import LearnedWeight, Schedule, learn
+from modewright.quantization.blockwise import OnBlock, walk
+from modewright.quantization.config import LearnedRoundingConfig
+from modewright.quantization.convert import quantized_layers
+from modewright.quantization.passes.amp import automatic_precision
+from modewright.quantization.passes.common import finish
+from modewright.quantization.quantizer import Quantizer
+
+Metadata = dict[str, Any]
+_LONG = 3.0  # how many times the median error of a batch one token's error may count
+
+
+def convert(
+    model: nn.Module,
+    config: LearnedRoundingConfig,
+    *,
+    calibration: object = None,
+    on_batch: OnBlock | None = None,
+) -> tuple[nn.Module, Metadata]:
+    """Walk the blocks and learn each one's rounding.
+
+    Raises:
+        DataError: There is no calibration data.
+    """
+
+    def solve(block: Block) -> Metadata:
+        return _solve(block, config)
+
+    blocks = walk(model, calibration, solve, mode="learned_rounding", on_batch=on_batch)
+    return model, finish(model, blocks)
+
+
+def _solve(block: Block, config: LearnedRoundingConfig) -> Metadata:
+    learned = {
+        quantizer: learned_weight(quantizer, layer.weight.detach())
+        for layer in quantized_layers(block.module).values()
+        if (quantizer := layer.weight_quantizer) is not None and not quantizer.config.dynamic
+    }
+    if not learned:
+        return {}
+    targets = block.original_outputs()
+    generator = torch.Generator().manual_seed(config.seed)
+    count = len(block.calls)
+    drawn = [
+        torch.randperm(count, generator=generator)[: config.batch_size].tolist()
+        for _ in range(config.iterations)
+    ]
+    probe = list(range(0, count, max(1, count // config.probe)))[: config.probe]
+    device = next((p.device for p in block.module.parameters()), torch.device("cpu"))
+
+    def loss_on(batches: list[int]) -> torch.Tensor:
+        with automatic_precision(device, config.precision):
+            return sum(
+                (_error(block.run(block.calls[i]), targets[i]) for i in batches),
+                start=torch.zeros((), device=device),
+            ) / len(batches)
+
+    with substituted(learned), frozen(block.module):
+        with torch.no_grad():
+            before = float(loss_on(probe))
+        start = [p.detach().clone() for weight in learned.values() for p in weight.parameters]
+        schedule = Schedule(
+            iterations=config.iterations,
+            rate=config.rate or 1.0 / config.iterations,
+            scale_rate=config.scale_rate or config.rate or 1.0 / config.iterations,
+            optimizer=config.optimizer,
+        )
+        learn(list(learned.values()), lambda step: loss_on(drawn[step]), schedule)
+        with torch.no_grad():
+            after = float(loss_on(probe))
+            if not after <= before:  # also if it is not a number
+                parameters = [p for weight in learned.values() for p in weight.parameters]
+                for parameter, value in zip(parameters, start, strict=True):
+                    parameter.copy_(value)
+    names = []
+    for name, layer in quantized_layers(block.module).items():
+        if layer.weight_quantizer in learned:
+            keep(layer.weight_quantizer, learned[layer.weight_quantizer], layer.weight.shape)
+            names.append(name)
+    entry = {"block_error_before": before, "block_error_after": min(before, after)}
+    return {name: dict(entry) for name in names}
+
+
+def learned_weight(quantizer: Quantizer, weight: torch.Tensor) -> LearnedWeight:
+    """Return parameters that start at what a quantizer makes of its weight now."""
+    if quantizer.scale is None:
+        quantizer.set_from_tensor(weight)
+    codes = None
+    if quantizer.codes is not None:
+        codes = quantizer.grouping.split(quantizer.code_values())
+    scale = quantizer.effective_scale
+    return LearnedWeight(
+        quantizer.grouping.split(weight.float()),
+        torch.empty(0) if scale is None else scale,
+        quantizer.zero_point,
+        quantizer.format,
+        scale_format=quantizer.config.scale_format,
+        global_scale=quantizer.global_scale,
+        codes=codes,
+    )
+
+
+def keep(quantizer: Quantizer, weight: LearnedWeight, shape: torch.Size) -> None:
+    """Write what was learned into a quantizer: scales, zero points and codes."""
+    with torch.no_grad():
+        codes, scale, zero_point = weight.codes()
+        quantizer.set_scale(scale.detach(), zero_point, quantizer.global_scale)
+        quantizer.choose(quantizer.grouping.join(codes, shape))
+
+
+@contextmanager
+def substituted(learned: dict[Quantizer, LearnedWeight]) -> Iterator[None]:
+    """Let quantizers return what the parameters make of their weights."""
+
+    def attach(quantizer: Quantizer, weight: LearnedWeight) -> None:
+        def substitute(tensor: torch.Tensor) -> torch.Tensor:
+            return quantizer.grouping.join(weight.values(), tensor.shape).to(tensor.dtype)
+
+        quantizer.substitute = substitute
+
+    try:
+        for quantizer, weight in learned.items():
+            attach(quantizer, weight)
+        yield
+    finally:
+        for quantizer in learned:
+            quantizer.substitute = None
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Keep gradients away from the parameters of a module."""
+    switched = [p for p in module.parameters() if p.requires_grad]
+    try:
+        for parameter in switched:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in switched:
+            parameter.requires_grad_(True)
+
+
+def _error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared error over tokens, none of which counts far more than the others."""
+    difference = output.float() - target.to(output.device).float()
+    length = difference.detach().norm(dim=-1, keepdim=True)
+    limit = length.median() * _LONG
+    weight = (limit / length.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
+    error: torch.Tensor = ((difference * weight) ** 2).sum(-1).mean()
+    return error
