@@ -64,18 +64,11 @@ def optimize(task: measure.Task, model: torch.nn.Module) -> torch.nn.Module:
     recipe = [kind(**numbers(task.scheme, measure.linears(model, task.minilm)))]
     if task.algorithm == "smoothquant":
         recipe.insert(0, SmoothQuantModifier())  # its defaults: strength 0.5
-    rows = [{k: v[0].tolist() for k, v in row.items()} for row in task.calibration()]
-    needs_data = task.algorithm != "rtn" or task.scheme.name == "nvfp4"
-    data = Dataset.from_list(rows) if needs_data else None
-    oneshot(
-        model=model,
-        tokenizer=task.tokenizer(),
-        recipe=recipe,
-        dataset=data,
-        num_calibration_samples=len(rows),
-        max_seq_length=512,
-        pipeline="independent",
-    )
+    data: dict[str, Any] = {}
+    if task.algorithm != "rtn" or task.scheme.name == "nvfp4":
+        rows = [{k: v[0].tolist() for k, v in row.items()} for row in task.calibration()]
+        data = {"dataset": Dataset.from_list(rows), "num_calibration_samples": len(rows)}
+    oneshot(model=model, tokenizer=task.tokenizer(), recipe=recipe, max_seq_length=512, **data)
     fold(model)
     return model
 

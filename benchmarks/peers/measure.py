@@ -82,6 +82,7 @@ class Task:
     minilm: bool
     windows: int
     folder: Path
+    used: int = 0  # calibration examples that were asked for
 
     def load(self) -> torch.nn.Module:
         """Load the original model in float32."""
@@ -114,12 +115,15 @@ class Task:
         """Return calibration examples: ``input_ids`` and ``attention_mask``, each ``[1, n]``."""
         if self.minilm:
             tokenizer = self.tokenizer()
-            return [
+            examples = [
                 dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=256))
                 for text in self.sentences("calibration")
             ]
-        rows = self.tensor("calibration")[: self.windows].split(1)
-        return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+        else:
+            rows = self.tensor("calibration")[: self.windows].split(1)
+            examples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+        self.used = len(examples)
+        return examples
 
     def texts(self) -> list[str]:
         """Return the names of the evaluation texts."""
@@ -272,7 +276,7 @@ def run(package: str, optimize: Callable[[Task, torch.nn.Module], torch.nn.Modul
         "algorithm": task.algorithm,
         "scheme": task.scheme.name,
         "model": "minilm" if task.minilm else "smollm2",
-        "windows": len(task.sentences("calibration")) if task.minilm else task.windows,
+        "windows": task.used,
         **score(task, model.eval(), options.kl),
         **cost,
     }

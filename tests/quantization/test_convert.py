@@ -13,9 +13,9 @@ from torch import nn
 
 import modewright
 from modewright.errors import ApplyModeError, DataError, IncompatibleModeError
-from modewright.quantization.calibrate import NO_DATA
 from modewright.quantization.convert import quantizers
 from modewright.quantization.layers import QuantizedLayer
+from modewright.quantization.passes.ranges import NO_DATA
 from modewright.quantization.quantizer import Quantizer
 
 

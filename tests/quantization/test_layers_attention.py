@@ -77,7 +77,11 @@ def test_inputs_of_attention_and_of_its_output_projection_are_rounded() -> None:
     model = attention()
     modewright.quantize(model, "w8a8")
     x = inputs(2, 4, 8)
-    rounded = [model.input_quantizer(x), model.key_input_quantizer(x), model.value_input_quantizer(x)]
+    rounded = [
+        model.input_quantizer(x),
+        model.key_input_quantizer(x),
+        model.value_input_quantizer(x),
+    ]
     reached = []
     model.out_proj.input_quantizer.register_forward_hook(lambda *_: reached.append(True))
     expected = model(x, x, x)[0]

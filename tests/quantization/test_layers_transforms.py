@@ -56,17 +56,17 @@ def transform(layer: QuantizedLayer, *, rank: int = 0) -> None:
     layer.pre_quant_scale, layer.hadamard_size = scale, 8
     if rank:
         left, values, right = torch.linalg.svd(layer.weight_matrix(weight), full_matrices=False)
-        layer.low_rank_up = left[:, :rank] * values[:rank]
-        layer.low_rank_down = right[:rank].clone()
+        layer.low_rank_up = (left[:, :rank] * values[:rank]).contiguous()
+        layer.low_rank_down = right[:rank].contiguous()
 
 
 @pytest.mark.parametrize(("make", "shape"), CASES)
 def test_rows_times_the_matrix_are_the_outputs(make: Any, shape: tuple[int, ...]) -> None:
     model, x = made(make, shape)
     layer = insert_quantizers(model[0], SchemeConfig(weights=SCHEMES["w8a16"].weights))
-    expected = model(x) - (0 if layer.bias is None else _bias(layer, model(x)))
     layer.weight_quantizer.enabled = False
-    expected = model(x) - (0 if layer.bias is None else _bias(layer, model(x)))
+    bias = 0 if layer.bias is None else layer.bias.reshape(-1, *[1] * (-layer.feature_axis - 1))
+    expected = model(x) - bias
     rows = layer.input_rows(x)
     assert layer.has_rows
     assert rows.dtype == torch.float32
@@ -74,10 +74,6 @@ def test_rows_times_the_matrix_are_the_outputs(make: Any, shape: tuple[int, ...]
     products = rows @ layer.weight_matrix(layer.weight).t()
     places = expected.movedim(layer.feature_axis, -1).reshape(-1, 6)
     torch.testing.assert_close(products, places)
-
-
-def _bias(layer: Any, output: torch.Tensor) -> torch.Tensor:
-    return layer.bias.reshape(-1, *[1] * (-layer.feature_axis - 1))
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
@@ -88,7 +84,9 @@ def test_other_layers_say_that_they_have_no_rows(make: Callable[[], nn.Module]) 
 
 
 @pytest.mark.parametrize(
-    "make", [make for make, _ in PRODUCTS.values()] + list(OTHERS.values()), ids=[*PRODUCTS, *OTHERS]
+    "make",
+    [make for make, _ in PRODUCTS.values()] + list(OTHERS.values()),
+    ids=[*PRODUCTS, *OTHERS],
 )
 def test_a_matrix_goes_back_into_the_shape_of_the_weight(make: Callable[[], nn.Module]) -> None:
     layer = insert_quantizers(make(), SCHEMES["w8a16"])
@@ -140,7 +138,7 @@ def test_folding_takes_scale_rotation_and_branch_into_a_plain_weight(
 ) -> None:
     model, x = made(make, shape)
     cls, keys = type(model[0]), list(model.state_dict())
-    modewright.quantize(model, "w8a16")
+    modewright.apply_mode(model, ("quantize", {"scheme": "w8a16"}))
     transform(model[0], rank=rank)
     expected = model(x)
     modewright.apply_mode(model, "export_quantize")
@@ -155,7 +153,7 @@ def test_folding_takes_scale_rotation_and_branch_into_a_plain_weight(
 def test_folding_says_what_the_inputs_lose(transformed: bool) -> None:
     model, x = made(*PRODUCTS["linear"])
     original = copy.deepcopy(model)(x)
-    modewright.quantize(model, "w8a8")
+    modewright.apply_mode(model, ("quantize", {"scheme": "w8a8"}))
     if transformed:
         transform(model[0])
     modewright.apply_mode(model, "export_quantize")

@@ -148,19 +148,14 @@ def test_each_quantizer_of_a_layer_can_be_set_alone() -> None:
     assert str(model[1][0].weight_quantizer) == "Quantizer(int8 channel)"
 
 
-def test_a_subclass_with_its_own_forward_is_skipped() -> None:
-    model = nn.Sequential(OwnForward(4, 4), nn.Linear(4, 4))
-    assert skipped(quantize(model)) == {"0": SkipReason.OWN_FORWARD}
-    assert quantized(model) == {"1"}
+def test_layers_with_a_forward_of_their_own_are_quantized() -> None:
+    model = nn.Sequential(OwnForward(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].forward = types.MethodType(lambda self, x: x, model[1])
+    assert skipped(quantize(model)) == {}
+    assert quantized(model) == {"0", "1", "2"}
 
 
-def test_a_layer_whose_forward_was_patched_is_skipped() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[0].forward = types.MethodType(lambda self, x: x, model[0])
-    assert skipped(quantize(model)) == {"0": SkipReason.OWN_FORWARD}
-
-
-def test_children_whose_parent_reads_their_weight_are_skipped() -> None:
+def test_layers_whose_parent_reads_their_weight_are_quantized() -> None:
     model = nn.ModuleDict(
         {
             "attention": nn.MultiheadAttention(4, 2),
@@ -168,15 +163,60 @@ def test_children_whose_parent_reads_their_weight_are_skipped() -> None:
             "decoder": nn.TransformerDecoderLayer(4, 2, 8),
         }
     )
-    metadata = quantize(model)
+    assert skipped(quantize(model)) == {}
     by_attention = {
-        f"{name}out_proj"
-        for name in ("attention.", "encoder.self_attn.", "decoder.self_attn.",
-                     "decoder.multihead_attn.")
+        f"{name}{part}"
+        for name in ("attention", "encoder.self_attn", "decoder.self_attn",
+                     "decoder.multihead_attn")
+        for part in ("", ".out_proj")
     }  # fmt: skip
-    by_encoder = {"encoder.linear1", "encoder.linear2"}
-    assert skipped(metadata) == dict.fromkeys(by_attention | by_encoder, SkipReason.READ_BY_PARENT)
-    assert quantized(model) == {"decoder.linear1", "decoder.linear2"}
+    linear = {f"{side}.linear{number}" for side in ("encoder", "decoder") for number in (1, 2)}
+    assert quantized(model) == by_attention | linear
+
+
+class Routed(nn.Module):
+    """A linear router beside its experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 2)
+        self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+
+@pytest.mark.parametrize(
+    ("config", "routed"),
+    [
+        ({}, False),
+        ({"targets": ["Linear"]}, False),
+        ({"targets": ["*"]}, False),
+        ({"targets": ["Linear", "*.gate"]}, True),
+        ({"targets": ["re:.*experts.*|.*gate"]}, True),
+        ({"rules": [{"targets": ["moe.gate"], "scheme": "w8a16"}]}, True),
+    ],
+)
+def test_a_router_is_skipped_unless_a_pattern_names_it(
+    config: dict[str, Any], routed: bool
+) -> None:
+    model = nn.ModuleDict({"moe": Routed(), "gate": nn.Linear(4, 4)})
+    metadata = quantize(model, **config)
+    assert ("moe.gate" in quantized(model)) == routed
+    assert skipped(metadata) == ({} if routed else {"moe.gate": SkipReason.ROUTER})
+    assert {"moe.experts.0", "moe.experts.1"} <= quantized(model)
+
+
+def test_a_gate_that_is_no_router_is_quantized() -> None:
+    model = nn.ModuleDict({"gate": nn.Linear(4, 4), "up": nn.Linear(4, 4)})
+    assert skipped(quantize(model)) == {}
+
+
+def test_recurrent_and_attention_weights_that_are_shared_are_skipped() -> None:
+    model = nn.Sequential(nn.LSTM(4, 4), nn.LSTM(4, 4), nn.Linear(4, 4))
+    model[1].weight_hh_l0 = model[0].weight_hh_l0
+    assert skipped(quantize(model, targets=["1", "2"])) == {"1": SkipReason.SHARED_WEIGHT}
+    other = nn.Sequential(nn.LSTM(4, 4), nn.LSTM(4, 4))
+    other[1].weight_hh_l0 = other[0].weight_hh_l0
+    assert skipped(quantize(other)) == {}
+    assert quantized(other) == {"0", "1"}
 
 
 def test_a_layer_with_integer_weights_is_skipped() -> None:
@@ -308,7 +348,7 @@ def test_a_model_without_layers_to_quantize_is_an_error() -> None:
 
 
 def test_a_plan_says_what_is_quantized_skipped_and_unmatched() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1), OwnForward(4, 4), nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.LazyLinear(4), nn.Linear(4, 4))
     config = {
         "scheme": "w8a8",
         "rules": [{"targets": ["3"], "scheme": "w4a16"}],
@@ -320,7 +360,7 @@ def test_a_plan_says_what_is_quantized_skipped_and_unmatched() -> None:
         "int8 weights per channel, int8 inputs per token (dynamic) (0)",
         "int8 weights per channel, int8 inputs per tensor (dynamic) (1)",
         "int4 weights in groups of 64 (3)",
-        f"skips 2: {SkipReason.OWN_FORWARD.value}",
+        f"skips 2: {SkipReason.NO_PARAMETER.value}",
         "'head' matches nothing",
     ):
         assert part in text

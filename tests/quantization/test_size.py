@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
 from torch import nn
 
 import modewright
@@ -58,3 +61,61 @@ def test_layers_that_are_not_quantized_count_as_they_are() -> None:
     model = nn.Sequential(nn.Linear(64, 4, bias=False), nn.Linear(4, 4, bias=False))
     modewright.quantize(model, "w8a16", config={"ignore": ["1"]})
     assert packed(model) == (256 + 4 * 2) + 64
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [
+        pytest.param("nvfp4_w4a16", 4 * (128 * 4 + 8 * 8) + 32, id="a scale of the tensor beside"),
+        pytest.param("mxfp4_w4a16", 4 * (128 * 4 + 4 * 8), id="powers of two have 8 bits"),
+        pytest.param("mxfp6", 4 * (128 * 6 + 4 * 8), id="six bits"),
+        pytest.param("fp8_block", 4 * 128 * 8 + 16, id="tiles"),
+        pytest.param("w2a16", 4 * (128 * 2 + 2 * (16 + 2)), id="two bits and zero points"),
+    ],
+)
+def test_every_format_and_granularity_is_counted(scheme: str, bits: int) -> None:
+    model = nn.Sequential(nn.Linear(128, 4, bias=False))
+    modewright.quantize(model, scheme)
+    assert packed(model) == bits // 8
+
+
+@pytest.mark.parametrize(
+    ("layer", "weights", "channels", "rest"),
+    [
+        pytest.param(lambda: nn.LSTM(6, 5), 20 * (6 + 5), 2 * 20, 2 * 20, id="recurrent"),
+        pytest.param(
+            lambda: nn.MultiheadAttention(8, 2), 4 * 8 * 8, 4 * 8, 4 * 8, id="attention"
+        ),
+        pytest.param(
+            lambda: nn.MultiheadAttention(8, 2, kdim=4, bias=False),
+            8 * (8 + 4 + 8 + 8), 4 * 8, 0, id="projections",
+        ),
+    ],
+)  # fmt: skip
+def test_every_quantized_parameter_is_counted(
+    layer: Callable[[], nn.Module], weights: int, channels: int, rest: int
+) -> None:
+    model = nn.Sequential(layer())
+    modewright.quantize(model, "w8a16")
+    assert packed(model) == weights + channels * 2 + rest * 4
+    modewright.apply_mode(model, "export_quantize")
+    assert packed(model) == weights + channels * 2 + rest * 4
+
+
+def test_a_low_rank_branch_counts_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(64, 4, bias=False))
+    modewright.quantize(model, "w8a16")
+    before = packed(model)
+    model[0].low_rank_up, model[0].low_rank_down = torch.zeros(4, 2), torch.zeros(2, 64)
+    assert packed(model) == before + 4 * (8 + 128)
+
+
+def test_keys_and_values_weigh_nothing() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = transformers.LlamaForCausalLM(config)
+    plain = sum(p.numel() * 4 for p in model.parameters())
+    modewright.quantize(model, "kv8")
+    assert packed(model) == plain

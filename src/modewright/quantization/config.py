@@ -110,8 +110,8 @@ class QuantizeConfig(ModeConfig):
     )
     targets: tuple[str, ...] | None = Field(
         default=None,
-        description="Patterns of the modules to quantize; all linear and convolution layers if "
-        "left out.",
+        description="Patterns of the modules to quantize; every kind of layer that can be, but "
+        "embeddings, if left out.",
     )
     ignore: tuple[str, ...] = Field(default=(), description="Patterns of modules to leave alone.")
     rules: tuple[Rule, ...] = Field(

@@ -32,7 +32,7 @@ from modewright.quantization.schemes import scheme
 class SkipReason(str, Enum):
     """Why a layer that a pattern matched is not quantized; the value is what the user reads."""
 
-    ROUTER = "it picks or weighs experts: small, and it decides; name it in a pattern to quantize it"
+    ROUTER = "it picks or weighs experts; a pattern that names it would quantize it"
     SHARED_WEIGHT = "its weight is shared with a layer that is not quantized in the same way"
     NOT_FLOATING = "its weight is not a floating-point tensor"
     NO_PARAMETER = "its weight is no parameter yet, or is computed from others"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""GPTQ: round a weight column by column, and let the columns that follow make up for the error.
 
-For inputs ``X`` (one row a token) the loss of a layer is ``||X (W - Q)^T||^2``, which depends on the
-data through the Hessian ``H = X^T X`` alone. Columns are rounded one after another; what rounding a
-column did to the output is subtracted, in the least-squares sense, by the columns not rounded yet
+For inputs ``X`` (one row a token) the loss of a layer is ``||X (W - Q)^T||^2``, which depends on
+the data through the Hessian ``H = X^T X`` alone. Columns are rounded one after another; what
+rounding a column did to the output is undone, in the least-squares sense, by those not rounded yet
 (Frantar et al. 2022, *GPTQ*; the recursion is Babai's nearest plane algorithm on the lattice that
 ``H`` spans, Chen et al. 2025).
 

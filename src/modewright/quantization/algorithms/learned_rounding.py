@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Learned rounding: move weights across rounding boundaries, and clip them, by gradient descent.
 
-For every weight an offset in ``[-1/2, 1/2]`` steps is added before rounding, and for every group two
-factors shrink the range that the scale covers; all of them are learned on what a whole block puts
-out (Cheng et al. 2023, *SignRound*; Li et al. 2021, *BRECQ*, for the reconstruction of blocks).
+For every weight an offset in ``[-1/2, 1/2]`` steps is added before rounding, and for every group
+the scale is multiplied with a factor and the zero point shifted; all of them are learned on what a
+whole block puts out (Cheng et al. 2023, *SignRound*; Li et al. 2021, *BRECQ*, for the reconstruction of blocks).
 Rounding passes gradients straight through.
 
 Codes that another algorithm has chosen can be the start: an offset then moves the value next to
@@ -20,6 +20,7 @@ import torch
 
 from modewright.formats.affine import quantize
 from modewright.formats.catalogue import NumberFormat, round_to
+from modewright.formats.floating import FloatFormat, TableFormat
 from modewright.formats.integer import IntegerFormat
 from modewright.formats.scaling import ScaleFormat, round_scale
 
@@ -103,6 +104,21 @@ class LearnedWeight:
         """Everything that is learned: offsets first, then what belongs to scales."""
         return [p for p in (self.offset, self.factor, self.shift) if p is not None]
 
+    def rates(self, schedule: Schedule) -> list[float]:
+        """Return the learning rate of each parameter.
+
+        A factor on the scale moves the largest values most. Its rate is such that they move by
+        ``scale_rate`` steps.
+        """
+        if isinstance(self.format, FloatFormat):
+            steps = 2.0 ** (self.format.mantissa_bits + 1)
+        elif isinstance(self.format, TableFormat):
+            steps = len(self.format.values) / 2
+        else:
+            steps = self.format.max_value
+        rates = [schedule.rate, schedule.scale_rate / steps, schedule.scale_rate]
+        return rates[: len(self.parameters)]
+
     def scale(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return effective scale and zero point as they are now, differentiable."""
         wanted = self._scale * self.factor
@@ -121,7 +137,8 @@ class LearnedWeight:
     def codes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return numbers of the format, scale and zero point, differentiable."""
         scale, zero_point = self.scale()
-        values = self.grouped / scale.unsqueeze(-1) + self.offset
+        values = self.grouped / scale.unsqueeze(-1)
+        values = values + self.offset * local_step(values.detach(), self.format)
         if zero_point is not None:
             values = through(values, values.detach().round()) + zero_point.unsqueeze(-1)
         rounded: torch.Tensor = _RoundTo.apply(values, self.format)  # type: ignore[no-untyped-call]
@@ -149,8 +166,20 @@ class LearnedWeight:
         if self._zero_point is not None:
             wanted = codes - self._zero_point.unsqueeze(-1)
         edge = _EDGE if isinstance(self.format, IntegerFormat) else 0.0
-        moved = place.clamp(wanted - edge, wanted + edge) - place
+        moved = (place.clamp(wanted - edge, wanted + edge) - place) / local_step(place, self.format)
         return torch.where(nearest == codes, torch.zeros_like(moved), moved)
+
+
+def local_step(values: torch.Tensor, fmt: NumberFormat) -> torch.Tensor | float:
+    """Return how far numbers of a format lie apart around each value: float32, or one number."""
+    if isinstance(fmt, FloatFormat):
+        size = values.abs().clamp(fmt.smallest_normal, fmt.max_value)
+        return torch.exp2(torch.frexp(size).exponent - 1.0 - fmt.mantissa_bits)
+    if isinstance(fmt, TableFormat):
+        table = torch.tensor(fmt.values, device=values.device)
+        above = torch.searchsorted(table, values.contiguous()).clamp(1, len(table) - 1)
+        return table[above] - table[above - 1]
+    return 1.0
 
 
 def through(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
@@ -167,7 +196,7 @@ class Schedule:
         iterations: Steps of the optimizer.
         rate: Learning rate of offsets; falls linearly to zero. With ``"sign"``, an offset can move
             by ``rate * iterations / 2`` at most.
-        scale_rate: The same of factors on scales.
+        scale_rate: The same of scales and zero points.
         optimizer: ``"sign"`` moves by the sign of the gradient, ``"adam"`` as Kingma & Ba 2014.
     """
 
@@ -193,9 +222,9 @@ def learn(
         The loss at every step.
     """
     groups = [
-        {"params": [p], "base": schedule.rate if index == 0 else schedule.scale_rate}
+        {"params": [p], "base": rate}
         for weight in weights
-        for index, p in enumerate(weight.parameters)
+        for p, rate in zip(weight.parameters, weight.rates(schedule), strict=True)
     ]
     parameters: list[torch.Tensor] = [group["params"][0] for group in groups]  # type: ignore[index]
     adam = torch.optim.Adam(groups, lr=schedule.rate, betas=(0.9, 0.95))

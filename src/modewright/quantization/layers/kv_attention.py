@@ -26,6 +26,7 @@ from modewright.quantization.representation import SchemeConfig
 
 NAME = "modewright_kv"
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
+_CACHES = ("past_key_values", "past_key_value")
 
 
 class _Routed(str):
@@ -92,9 +93,11 @@ class KvAttentionForward(QuantizedLayer):
 
 
 def is_kv_attention(module: nn.Module) -> bool:
-    """Whether the forward of a layer takes its function from the table of Transformers."""
+    """Whether a layer takes its function from the table of Transformers, and a cache."""
+    names = _names_in_forward(type(module))  # type: ignore[arg-type]
     return (
-        _TABLE in _names_in_forward(type(module))  # type: ignore[arg-type]
+        _TABLE in names
+        and any(name in names for name in _CACHES)
         and hasattr(module.__dict__.get("config"), "_attn_implementation")
         and hasattr(sys.modules.get(type(module).__module__), _TABLE)
     )
@@ -133,6 +136,7 @@ def _eager_function(cls: type[nn.Module]) -> Any:
 
 @cache
 def _names_in_forward(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Return the names that the forward of a class uses, those of its arguments among them."""
     forward: Callable[..., Any] = inspect.unwrap(cls.forward)
     code = getattr(forward, "__code__", None)
-    return code.co_names if isinstance(code, CodeType) else ()
+    return code.co_names + code.co_varnames if isinstance(code, CodeType) else ()

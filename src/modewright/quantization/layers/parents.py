@@ -37,9 +37,9 @@ class CallsParts(nn.Module):
 def call_parts(model: nn.Module) -> None:
     """Let layers that read the weights of their parts call these, if one of them is quantized."""
     for module in list(model.modules()):
-        if isinstance(module, nn.MultiheadAttention) and not isinstance(module, QuantizedLayer):
-            if isinstance(module.out_proj, QuantizedLayer):
-                insert_quantizers(module, SchemeConfig())
+        plain = isinstance(module, nn.MultiheadAttention) and not isinstance(module, QuantizedLayer)
+        if plain and isinstance(module.out_proj, QuantizedLayer):
+            insert_quantizers(module, SchemeConfig())
     for module in list(model.modules()):
         if _has_fused_kernel(module) and not isinstance(module, CallsParts) and _quantized(module):
             name, cls = f"Stepwise{type(module).__name__}", type(module)

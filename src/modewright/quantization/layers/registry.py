@@ -219,7 +219,9 @@ def _take_over_forward(layer: QuantizedLayer) -> None:
 
 def _give_back_forward(layer: QuantizedLayer) -> None:
     """Put the instance's own forward where the quantized one is, also in hooks that came later."""
-    key, own = layer.__dict__.pop(PATCHED, (None, MethodType(own_class(type(layer)).forward, layer)))
+    key, own = layer.__dict__.pop(
+        PATCHED, (None, MethodType(own_class(type(layer)).forward, layer))
+    )
     for place in (OLD_FORWARD, "forward"):
         held = layer.__dict__.get(place)
         if getattr(held, "__func__", None) is type(layer).forward:

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What modewright's recipes cost and lose, beside what other tools do on the same tokens.
+
+    python benchmarks/workspace.py WORKSPACE
+    python benchmarks/quality.py WORKSPACE --results FOLDER [--only PATTERN] [--table]
+
+runs every row of :data:`ROWS` in a process of its own (one thread; a row whose result is in the
+folder is not run again) and prints a table of all results there, those of
+``benchmarks/peers/run.py`` too. ``--table`` runs nothing. A row is measured by the same code as the
+peers: ``benchmarks/peers/measure.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "peers"))
+
+ROWS = [
+    # scheme by the peers' names, recipe, more
+    "w4a16_g64_asym int4",
+    "w4a16_g64_asym int4-best",
+    "w3a16_g64_asym int3",
+    "w3a16_g64_asym int3-best",
+    "w2a16_g64_asym int2-best",
+    "w4a16 int4-channel-best",
+    "w8a8 int8",
+    "w8a8 int8-best",
+    "fp8 fp8",
+    "fp8 fp8-best",
+    "nvfp4 nvfp4",
+    "nvfp4 nvfp4-best",
+    "mxfp4 mxfp4",
+    "mxfp4 mxfp4-best",
+    "w4a16_g64_asym int4-best --minilm",
+    "w3a16_g64_asym int3-best --minilm",
+    "w8a8 int8-best --minilm",
+]
+
+
+def optimize(task: Any, model: Any) -> Any:
+    """Apply the steps of a recipe to a model, with the workspace's calibration data."""
+    import modewright
+    from modewright.recipes.loader import load_recipe
+
+    batches = task.calibration()
+    for step in load_recipe(task.algorithm).steps:
+        if step.mode == "export_quantize":
+            continue
+        config = dict(step.config)
+        if task.minilm and config.get("ignore") == ["lm_head"]:
+            config |= {"ignore": [], "targets": ["*.encoder.layer.*"]}
+        uses_data = modewright.default_registry[step.mode].uses_calibration
+        data = {"calibration": batches} if uses_data else {}
+        modewright.apply_mode(model, (step.mode, config), mode_kwargs=data)
+    return model
+
+
+def table(folder: Path) -> str:
+    """Return all results of a folder as a table in Markdown, by scheme, the best first."""
+    found = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    lines = [
+        "| model | scheme | tool | algorithm | loss increase | KL | CPU s | peak GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(found, key=_order):
+        increases = row.get("loss_increase", {})
+        quality = " / ".join(f"{increases[text]:.4f}" for text in sorted(increases))
+        quality = quality or f"cosine {row['similarity']:.4f}"
+        divergence = " / ".join(f"{value:.4f}" for _, value in sorted(row.get("kl", {}).items()))
+        lines.append(
+            f"| {row['model']} | {row['scheme']} | {row['peer']} | {row['algorithm']} | {quality} | "
+            f"{divergence} | {row['cpu_seconds']:.0f} | {row['peak_gb']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _order(row: dict[str, Any]) -> tuple[str, str, float]:
+    increases = row.get("loss_increase", {})
+    value = sum(increases.values()) if increases else -row.get("similarity", 0.0)
+    return row["model"], row["scheme"].removesuffix("_asym"), value
+
+
+def main() -> None:
+    """Run the rows that are missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--only", default="*", help="a pattern of recipes")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    for row in () if options.table else ROWS:
+        scheme, recipe, *more = row.split()
+        name = "-".join(["modewright", scheme, recipe, *(m.strip("-") for m in more)])
+        output = options.results / f"{name}.json"
+        if output.exists() or not fnmatch.fnmatch(recipe, options.only):
+            continue
+        command = [sys.executable, str(HERE / "quality_row.py"), str(options.workspace)]
+        command += ["--scheme", scheme, "--algorithm", recipe, "--output", str(output), "--kl"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *more], check=True, env=environment)
+    print(table(options.results))
+
+
+if __name__ == "__main__":
+    main()
