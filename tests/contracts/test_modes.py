@@ -26,6 +26,7 @@ from support.example_modes import example_registry, make_mode
 from support.models import CNN, FAMILIES, LM, MLP, Family
 
 CALIBRATION = "the family's batches"
+SEARCHED = ("w4a16_asym", "w8a8_static", "nvfp4", "mxfp4")
 SCHEMES = ("w8a8", "w8a8_static", "w8a16", "w4a16")
 
 
@@ -65,6 +66,51 @@ REACH: dict[str, Reach] = {
             **{scheme: [quantized(scheme)] for scheme in SCHEMES},
             "embedding too": [quantized("w4a16", **EMBEDDING_TOO)],
             "unsigned groups and outputs": [quantized("w8a8_static", **UNSIGNED)],
+        },
+        calibrated=True,
+    ),
+    "percentile": Reach(
+        before={"static": [quantized("w8a8_static")], "groups": [quantized("w4a16")]},
+        calibrated=True,
+    ),
+    "entropy": Reach(before={"static": [quantized("w8a8_static")]}, calibrated=True),
+    "mse": Reach(before={scheme: [quantized(scheme)] for scheme in SEARCHED}, calibrated=True),
+    "hqq": Reach(before={scheme: [quantized(scheme)] for scheme in SEARCHED}, calibrated=True),
+    "smoothquant": Reach(
+        configs={"defaults": None, "not folded": {"fold": False}},
+        before={"w8a8": [quantized("w8a8")]},
+        calibrated=True,
+    ),
+    "awq": Reach(
+        configs={"defaults": None, "not folded": {"fold": False}},
+        before={"w4a16": [quantized("w4a16")]},
+        calibrated=True,
+    ),
+    "gptq": Reach(
+        configs={"defaults": {"min_tokens": 1}, "corrected": {"correct_inputs": True}},
+        before={
+            **{scheme: [quantized(scheme)] for scheme in SEARCHED},
+            "awq": [quantized("w4a16"), ("awq", {"fold": False})],
+        },
+        calibrated=True,
+    ),
+    "learned_rounding": Reach(
+        configs={"short": {"iterations": 3}},
+        before={
+            **{scheme: [quantized(scheme)] for scheme in SEARCHED},
+            "gptq": [quantized("w2a16"), ("gptq", {"min_tokens": 1})],
+        },
+        calibrated=True,
+    ),
+    "lsq": Reach(
+        configs={"short": {"epochs": 1}},
+        before={
+            **{scheme: [quantized(scheme)] for scheme in SEARCHED},
+            "stack": [
+                quantized("w2a16"),
+                ("gptq", {"min_tokens": 1}),
+                ("learned_rounding", {"iterations": 2}),
+            ],
         },
         calibrated=True,
     ),

@@ -69,6 +69,7 @@ def test_rows_times_the_matrix_are_the_outputs(make: Any, shape: tuple[int, ...]
     expected = model(x) - bias
     rows = layer.input_rows(x)
     assert layer.has_rows
+    assert rows.shape[1] == 8 * layer.columns_per_feature
     assert rows.dtype == torch.float32
     assert not rows.requires_grad
     products = rows @ layer.weight_matrix(layer.weight).t()

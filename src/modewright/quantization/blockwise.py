@@ -147,9 +147,7 @@ def input_rows(
             yield _rows(block, call, layer, quantized)
 
 
-def _rows(
-    block: Block, call: Call, layer: QuantizedLayer, quantized: bool
-) -> torch.Tensor | None:
+def _rows(block: Block, call: Call, layer: QuantizedLayer, quantized: bool) -> torch.Tensor | None:
     found: list[torch.Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -148,9 +148,7 @@ def test_the_target_for_changed_inputs_is_the_least_squares_solution() -> None:
     weight = torch.randn(6, 10, generator=generator)
     original = inputs(300, 10)
     changed = original + 0.3 * torch.randn(300, 10, generator=generator)
-    target = corrected_target(
-        weight, changed.t() @ changed, original.t() @ changed, damping=1e-9
-    )
+    target = corrected_target(weight, changed.t() @ changed, original.t() @ changed, damping=1e-9)
     solution = torch.linalg.lstsq(changed.double(), (original @ weight.t()).double()).solution.t()
 
     assert torch.allclose(target.double(), solution, atol=1e-3)

@@ -3,7 +3,8 @@ r"""Learned rounding: move weights across rounding boundaries, and clip them, by
 
 For every weight an offset in ``[-1/2, 1/2]`` steps is added before rounding, and for every group
 the scale is multiplied with a factor and the zero point shifted; all of them are learned on what a
-whole block puts out (Cheng et al. 2023, *SignRound*; Li et al. 2021, *BRECQ*, for the reconstruction of blocks).
+whole block puts out (Cheng et al. 2023, *SignRound*; Li et al. 2021, *BRECQ*, for the
+reconstruction of blocks).
 Rounding passes gradients straight through.
 
 Codes that another algorithm has chosen can be the start: an offset then moves the value next to

@@ -221,6 +221,11 @@ class QuantizedLayer(nn.Module):
         """
         return False
 
+    @property
+    def columns_per_feature(self) -> int:
+        """How many columns of the matrix belong to one input feature: the size of a kernel."""
+        return 1
+
     def weight_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the weight, or a tensor of its shape such as codes, as ``[out, in]``."""
         return tensor.movedim(self.channel_axis, 0).flatten(1)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,10 @@ class ConvForward(LinearLike):
     @property
     def has_rows(self) -> bool:  # noqa: D102
         return cast(nn.Conv2d, self).groups == 1
+
+    @property
+    def columns_per_feature(self) -> int:  # noqa: D102
+        return math.prod(cast(nn.Conv2d, self).kernel_size)
 
     def product(  # noqa: D102
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None

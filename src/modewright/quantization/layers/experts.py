@@ -3,6 +3,7 @@
 
 Most store ``[experts, out, in]``, some ``[experts, in, out]``. A quantizer gets the matrix
 ``[experts * out, in]``, so scales are per expert and output channel, and groups lie along inputs.
+(A tile of granularity ``block`` may hold channels of two experts if ``out`` does not fill tiles.)
 Inputs are quantized where they enter the layer; what lies between the two products is not seen from
 outside and keeps its precision.
 """

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -23,6 +24,28 @@ def automatic_precision(
     if precision == "float32" or (precision == "auto" and not _has_bfloat16(device)):
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
+
+
+def usable_precision(
+    run: Callable[[], object], device: torch.device, precision: Precision
+) -> Precision:
+    """Return the precision to run in: float32 if ``"auto"`` would fail.
+
+    Some operations refuse the mixture of types that bfloat16 products bring.
+
+    Args:
+        run: Runs the network once.
+        device: Where the network is.
+        precision: What was asked for.
+    """
+    if precision != "auto" or not _has_bfloat16(device):
+        return precision
+    try:
+        with torch.no_grad(), automatic_precision(device, "bfloat16"):
+            run()
+    except RuntimeError:
+        return "float32"
+    return "bfloat16"
 
 
 def _has_bfloat16(device: torch.device) -> bool:

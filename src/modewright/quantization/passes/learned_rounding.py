@@ -15,7 +15,7 @@ from modewright.quantization.algorithms.learned_rounding import LearnedWeight, S
 from modewright.quantization.blockwise import OnBlock, walk
 from modewright.quantization.config import LearnedRoundingConfig
 from modewright.quantization.convert import quantized_layers
-from modewright.quantization.passes.amp import automatic_precision
+from modewright.quantization.passes.amp import automatic_precision, usable_precision
 from modewright.quantization.passes.common import finish
 from modewright.quantization.quantizer import Quantizer
 
@@ -45,9 +45,10 @@ def convert(
 
 def _solve(block: Block, config: LearnedRoundingConfig) -> Metadata:
     learned = {
-        quantizer: learned_weight(quantizer, layer.weight.detach())
+        quantizer: learned_weight(quantizer, layer.to_quantize(parameter).detach())
         for layer in quantized_layers(block.module).values()
-        if (quantizer := layer.weight_quantizer) is not None and not quantizer.config.dynamic
+        for parameter, quantizer in layer.quantized_parameters().items()
+        if not quantizer.config.dynamic
     }
     if not learned:
         return {}
@@ -61,8 +62,10 @@ def _solve(block: Block, config: LearnedRoundingConfig) -> Metadata:
     probe = list(range(0, count, max(1, count // config.probe)))[: config.probe]
     device = next((p.device for p in block.module.parameters()), torch.device("cpu"))
 
+    precision = usable_precision(lambda: block.run(block.calls[0]), device, config.precision)
+
     def loss_on(batches: list[int]) -> torch.Tensor:
-        with automatic_precision(device, config.precision):
+        with automatic_precision(device, precision):
             return sum(
                 (_error(block.run(block.calls[i]), targets[i]) for i in batches),
                 start=torch.zeros((), device=device),
@@ -87,9 +90,10 @@ def _solve(block: Block, config: LearnedRoundingConfig) -> Metadata:
                     parameter.copy_(value)
     names = []
     for name, layer in quantized_layers(block.module).items():
-        if layer.weight_quantizer in learned:
-            keep(layer.weight_quantizer, learned[layer.weight_quantizer], layer.weight.shape)
-            names.append(name)
+        for key, quantizer in layer.quantized_parameters().items():
+            if quantizer in learned:
+                keep(quantizer, learned[quantizer], layer.to_quantize(key).shape)
+                names.append(name)
     entry = {"block_error_before": before, "block_error_after": min(before, after)}
     return {name: dict(entry) for name in names}
 

@@ -22,7 +22,7 @@ from modewright.errors import DataError
 from modewright.quantization.blockwise import OnBlock, as_original
 from modewright.quantization.config import LsqConfig
 from modewright.quantization.convert import quantized_layers
-from modewright.quantization.passes.amp import automatic_precision
+from modewright.quantization.passes.amp import automatic_precision, usable_precision
 from modewright.quantization.passes.common import finish
 from modewright.quantization.passes.learned_rounding import frozen
 from modewright.quantization.quantizer import Quantizer
@@ -78,15 +78,17 @@ def convert(
     """
     batches = _batches(calibration)
     learned = {
-        layer.weight_quantizer: _LearnedScale(layer.weight_quantizer, layer.weight.detach())
+        quantizer: _LearnedScale(quantizer, layer.to_quantize(parameter).detach())
         for layer in quantized_layers(model).values()
-        if layer.weight_quantizer is not None
-        and layer.weight_quantizer.config.scale_format == "fp32"
-        and not layer.weight_quantizer.config.dynamic
+        for parameter, quantizer in layer.quantized_parameters().items()
+        if quantizer.config.scale_format == "fp32" and not quantizer.config.dynamic
     }
     if not learned:
         return model, {**finish(model, {}), "loss": []}
     with evaluating(model), frozen(model), _substituted(learned):
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        precision = usable_precision(lambda: run_batch(model, batches[0]), device, config.precision)
+        config = config.model_copy(update={"precision": precision})
         history = _learn(model, list(learned.values()), batches, config, on_batch)
     for quantizer, scale in learned.items():
         scale.keep(quantizer)

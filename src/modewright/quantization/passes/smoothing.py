@@ -91,9 +91,7 @@ def _run(
                 set_max_scale(name, layer, "weight")
         return found
 
-    blocks = walk(
-        model, calibration, solve, mode=mode, keep_original=False, on_batch=on_batch
-    )
+    blocks = walk(model, calibration, solve, mode=mode, keep_original=False, on_batch=on_batch)
     return model, finish(model, blocks)
 
 
@@ -101,7 +99,7 @@ def _smooth(
     block: Block, group: LayerGroup, candidates: Candidates, *, fold: bool
 ) -> dict[str, Metadata]:
     """Scale the input of a group by the best candidate, if one is better than none."""
-    if not all(layer.has_rows for layer in group.layers.values()):
+    if not all(layer.columns_per_feature == 1 for layer in group.layers.values()):
         return {name: {"skipped": TAKES_NONE} for name in group.layers}
     rows = _sample(block, group)
     if rows is None:
