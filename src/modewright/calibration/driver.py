@@ -13,7 +13,7 @@ network, or an encoder and a decoder), the network is run again up to that block
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from modewright.errors import DataError
 
 Metadata = dict[str, Any]
 Original = Callable[[nn.Module], AbstractContextManager[None]]
+Running = Callable[[], AbstractContextManager[Any]]
 NOT_REACHED = "no calibration data reached this block"
 
 
@@ -72,10 +73,11 @@ class Block:
         calls: Sequence[Call],
         original_calls: Sequence[Call],
         as_original: Original,
+        running: Running = nullcontext,
     ) -> None:
         self.name, self.index, self.total = place
         self.module, self.calls, self.original_calls = module, calls, original_calls
-        self._as_original = as_original
+        self._as_original, self._running = as_original, running
         self._outputs: list[torch.Tensor] | None = None
 
     def run(self, call: Call) -> torch.Tensor:
@@ -86,7 +88,8 @@ class Block:
         """
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         call = _moved(call, device)
-        output = _first_tensor(self.module(*call.args, **call.kwargs))
+        with self._running():
+            output = _first_tensor(self.module(*call.args, **call.kwargs))
         if output is None:
             raise DataError(f"The block {self.name!r} puts out no tensor.")
         return output
@@ -106,6 +109,7 @@ def walk_blocks(
     *,
     as_original: Original,
     keep_original: bool = True,
+    running: Running = nullcontext,
     on_block: Callable[[int, int], None] | None = None,
     progress: BlockProgress | None = None,
 ) -> dict[str, Metadata]:
@@ -117,6 +121,7 @@ def walk_blocks(
         visit: What is done to a block. It may change the block as long as it stays the same module.
         as_original: A context in which a module computes what it did before all conversions.
         keep_original: Follow the original network too; otherwise ``original_calls`` are ``calls``.
+        running: A context in which blocks are run, such as one of lower precision.
         on_block: Called after each block with how many are done, and how many there are.
         progress: Keeps what was done; blocks that are in it already are not visited again.
 
@@ -130,10 +135,10 @@ def walk_blocks(
     names = find_blocks(model) or ("",)
     with evaluating(model), _no_cache(model):
         source = _Source(model, calibration)
-        with torch.no_grad():
+        with torch.no_grad(), running():
             seen = source.record(names)
         order = sorted((name for name in names if seen.calls[name]), key=seen.order.index)
-        walk = _Walk(model, source, seen, as_original, keep_original)
+        walk = _Walk(model, source, seen, as_original, keep_original, running)
         found: dict[str, Metadata] = {n: {"": {"skipped": NOT_REACHED}} for n in names}
         for index, name in enumerate(order):
             block = walk.block(name, index, len(order))
@@ -272,9 +277,11 @@ class _Walk:
         seen: _Seen,
         as_original: Original,
         keep_original: bool,
+        running: Running,
     ) -> None:
         self._model, self._source, self._seen = model, source, seen
         self._as_original, self._keep_original = as_original, keep_original
+        self._running = running
         self._done: str | None = None
         self._hidden: list[torch.Tensor] = []
         self._original: list[torch.Tensor] = []
@@ -288,14 +295,15 @@ class _Walk:
         elif index == 0:
             calls = original = recorded
         else:
-            calls = self._source.calls_of(name)
-            original = calls
+            with self._running():
+                calls = original = self._source.calls_of(name)
             if self._keep_original:
-                with self._as_original(self._model):
+                with self._as_original(self._model), self._running():
                     original = self._source.calls_of(name)
         self._seen.calls[name] = []
         module = self._model.get_submodule(name)
-        return Block((name, index, total), module, calls, original, self._as_original)
+        place = (name, index, total)
+        return Block(place, module, calls, original, self._as_original, self._running)
 
     def advance(self, block: Block) -> None:
         """Run a visited block, so that the next one gets what it puts out."""

@@ -9,7 +9,7 @@ what the ones before it became.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from modewright.calibration.driver import Block, Call, walk_blocks
+from modewright.calibration.forward import run_batch
 from modewright.errors import DataError
 from modewright.quantization.convert import quantized_layers
 from modewright.quantization.layers import QuantizedLayer
+from modewright.quantization.precision import Precision, automatic_precision, usable_precision
 from modewright.quantization.quantizer import disabled, quantizers_of
 
 Metadata = dict[str, Any]
@@ -41,6 +43,7 @@ def walk(
     *,
     mode: str,
     keep_original: bool = True,
+    precision: Precision = "float32",
     on_batch: OnBlock | None = None,
 ) -> dict[str, Metadata]:
     """Run a pass over every block of a quantized model.
@@ -51,6 +54,7 @@ def walk(
         solve: What is done to one block; returns JSON-like data about it.
         mode: Name of the mode, for messages.
         keep_original: Whether blocks bring the inputs of the original network too.
+        precision: Of matrix products while blocks are run; see :func:`walking_precision`.
         on_batch: Called after each block with how many are done, and how many there are.
 
     Returns:
@@ -64,14 +68,35 @@ def walk(
             f"mode {mode!r} needs data that the model is run on: pass "
             "mode_kwargs={'calibration': batches}."
         )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    chosen = walking_precision(model, calibration, precision)
     return walk_blocks(
         model,
         calibration,
         solve,
         as_original=as_original,
         keep_original=keep_original,
+        running=lambda: automatic_precision(device, chosen),
         on_block=on_batch,
     )
+
+
+def walking_precision(model: nn.Module, calibration: object, precision: Precision) -> Precision:
+    """Return in which precision to run a network that a pass looks at.
+
+    ``"auto"`` is bfloat16 where that is faster and works, if all weights have four bits or less:
+    what is lost by rounding them is then far more than what bfloat16 products lose.
+    """
+    quantizers = [
+        q for layer in quantized_layers(model).values() for q in (layer.weight_quantizer,)
+    ]
+    coarse = all(q is None or q.config.num_bits <= 4 for q in quantizers)
+    if precision != "auto":
+        return precision
+    if not coarse or not isinstance(calibration, Sequence) or not calibration:
+        return "float32"
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return usable_precision(lambda: run_batch(model, calibration[0]), device, precision)
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,11 @@ class SmoothquantConfig(ModeConfig):
         default=True,
         description="Put the division into the module that makes the input, where there is one.",
     )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Of matrix products while the network is run; 'auto' takes bfloat16 where it "
+        "is faster, if no weight has more than four bits.",
+    )
 
 
 class AwqConfig(ModeConfig):
@@ -195,6 +200,11 @@ class AwqConfig(ModeConfig):
     fold: bool = Field(
         default=True,
         description="Put the division into the module that makes the input, where there is one.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Of matrix products while the network is run; 'auto' takes bfloat16 where it "
+        "is faster, if no weight has more than four bits.",
     )
 
 
@@ -228,6 +238,11 @@ class GptqConfig(ModeConfig):
     )
     min_tokens: int = Field(
         default=32, ge=1, description="Fewer inputs than this do not make a layer's Hessian."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Of matrix products while the network is run; 'auto' takes bfloat16 where it "
+        "is faster, if no weight has more than four bits.",
     )
 
 

@@ -47,6 +47,7 @@ def convert(
         solve,
         mode="gptq",
         keep_original=config.correct_inputs,
+        precision=config.precision,
         on_batch=on_batch,
     )
     return model, finish(model, blocks)

@@ -15,8 +15,8 @@ from modewright.quantization.algorithms.learned_rounding import LearnedWeight, S
 from modewright.quantization.blockwise import OnBlock, walk
 from modewright.quantization.config import LearnedRoundingConfig
 from modewright.quantization.convert import quantized_layers
-from modewright.quantization.passes.amp import automatic_precision, usable_precision
 from modewright.quantization.passes.common import finish
+from modewright.quantization.precision import automatic_precision, usable_precision
 from modewright.quantization.quantizer import Quantizer
 
 Metadata = dict[str, Any]
@@ -39,7 +39,15 @@ def convert(
     def solve(block: Block) -> Metadata:
         return _solve(block, config)
 
-    blocks = walk(model, calibration, solve, mode="learned_rounding", on_batch=on_batch)
+    precision = "float32" if config.precision == "bfloat16" else config.precision
+    blocks = walk(
+        model,
+        calibration,
+        solve,
+        mode="learned_rounding",
+        precision=precision,
+        on_batch=on_batch,
+    )
     return model, finish(model, blocks)
 
 

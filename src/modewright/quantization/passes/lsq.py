@@ -22,9 +22,9 @@ from modewright.errors import DataError
 from modewright.quantization.blockwise import OnBlock, as_original
 from modewright.quantization.config import LsqConfig
 from modewright.quantization.convert import quantized_layers
-from modewright.quantization.passes.amp import automatic_precision, usable_precision
 from modewright.quantization.passes.common import finish
 from modewright.quantization.passes.learned_rounding import frozen
+from modewright.quantization.precision import automatic_precision, usable_precision
 from modewright.quantization.quantizer import Quantizer
 
 Metadata = dict[str, Any]

@@ -24,6 +24,7 @@ from modewright.quantization.algorithms.entropy import entropy_range, mse_range
 from modewright.quantization.algorithms.hqq import hqq_scale
 from modewright.quantization.algorithms.mse import mse_scale
 from modewright.quantization.algorithms.percentile import percentile_range
+from modewright.quantization.blockwise import walking_precision
 from modewright.quantization.config import (
     EntropyConfig,
     HqqConfig,
@@ -35,6 +36,7 @@ from modewright.quantization.config import (
 from modewright.quantization.convert import quantized_layers, quantizers
 from modewright.quantization.layers import QuantizedLayer
 from modewright.quantization.passes.common import buffers_of, row_weights, set_max_scale
+from modewright.quantization.precision import automatic_precision
 from modewright.quantization.quantizer import Quantizer
 
 Metadata = dict[str, Any]
@@ -235,5 +237,7 @@ def _importance(
         for name, layer in quantized_layers(model).items():
             if layer.weight_quantizer is not None:
                 hooks.callback(layer.register_forward_pre_hook(watch(name, layer)).remove)
-        run_calibration(model, calibration)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        with automatic_precision(device, walking_precision(model, calibration, "auto")):
+            run_calibration(model, calibration)
     return {n: s.value / s.value.mean() for n, s in squares.items() if s.value is not None}

@@ -91,7 +91,15 @@ def _run(
                 set_max_scale(name, layer, "weight")
         return found
 
-    blocks = walk(model, calibration, solve, mode=mode, keep_original=False, on_batch=on_batch)
+    blocks = walk(
+        model,
+        calibration,
+        solve,
+        mode=mode,
+        keep_original=False,
+        precision=config.precision,
+        on_batch=on_batch,
+    )
     return model, finish(model, blocks)
 
 
