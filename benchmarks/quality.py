@@ -57,7 +57,7 @@ def optimize(task: Any, model: Any) -> Any:
             continue
         config = dict(step.config)
         if task.minilm and config.get("ignore") == ["lm_head"]:
-            config |= {"ignore": [], "targets": ["*.encoder.layer.*"]}
+            config |= {"ignore": [], "targets": ["encoder.layer.*"]}
         uses_data = modewright.default_registry[step.mode].uses_calibration
         data = {"calibration": batches} if uses_data else {}
         modewright.apply_mode(model, (step.mode, config), mode_kwargs=data)
@@ -77,8 +77,8 @@ def table(folder: Path) -> str:
         quality = quality or f"cosine {row['similarity']:.4f}"
         divergence = " / ".join(f"{value:.4f}" for _, value in sorted(row.get("kl", {}).items()))
         lines.append(
-            f"| {row['model']} | {row['scheme']} | {row['peer']} | {row['algorithm']} | {quality} | "
-            f"{divergence} | {row['cpu_seconds']:.0f} | {row['peak_gb']:.1f} |"
+            f"| {row['model']} | {row['scheme']} | {row['peer']} | {row['algorithm']} "
+            f"| {quality} | {divergence} | {row['cpu_seconds']:.0f} | {row['peak_gb']:.1f} |"
         )
     return "\n".join(lines)
 

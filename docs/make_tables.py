@@ -106,7 +106,16 @@ def recipe_fields() -> str:
     return _table(["field", "default", "meaning"], rows)
 
 
+def quality() -> str:
+    """What recipes and other tools cost and lose, from the results of the benchmark."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from quality import table
+
+    return f"{table(ROOT / 'benchmarks' / 'results')}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "quality": quality,
     "modes": modes,
     "schemes": schemes,
     "formats": formats,

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +174,51 @@ def test_bad_rows_name_file_and_line(tmp_path: Path, line: str, message: str) ->
 
     with pytest.raises(DataError, match=message):
         load_documents(path, "calibration")
+
+
+class FakeDatasets:
+    """Stands for the package datasets: one dataset with splits, and one folder."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    class Table(list[dict[str, Any]]):
+        @property
+        def column_names(self) -> list[str]:
+            return list(self[0])
+
+    def load_dataset(self, name: str) -> dict[str, Table]:
+        if name != "owner/name":
+            raise FileNotFoundError(f"no dataset {name}")
+        rows = [{"text": text, "body": text.upper(), "id": 1} for text in some_texts(20)]
+        return {"test": self.Table([{"text": "not this"}]), "train": self.Table(rows)}
+
+    def load_from_disk(self, folder: Path) -> Table:
+        assert folder == self.folder
+        return self.Table([{"text": text + " local"} for text in some_texts(20)])
+
+
+def test_datasets_of_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets(tmp_path))  # type: ignore[arg-type]
+
+    assert load_both("datasets:owner/name") == load_both(some_texts(20))
+    upper = [text.upper() for text in some_texts(20)]
+    assert load_both("datasets:owner/name:body") == load_both(upper)
+    local = [text + " local" for text in some_texts(20)]
+    assert load_both(f"datasets:{tmp_path}") == load_both(local)
+    for source, message in (
+        ("datasets:owner/name:nothing", "no column 'nothing' but text, body, id"),
+        ("datasets:owner/name:id", "row 0 of the dataset 'owner/name': expected text, got int"),
+        ("datasets:other", "'other' cannot be loaded: no dataset other"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_documents(source, "calibration")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="pip install datasets"):
+        load_documents("datasets:owner/name", "calibration")
 
 
 def test_unusable_sources(tmp_path: Path) -> None:

@@ -1,57 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block driver: brings a network's blocks one at a time, each with its inputs.
 
-The network is run once on every batch to see how its blocks are called. Then the blocks are walked:
-each is visited with the inputs that it gets in the original network and those that it gets after
-the blocks before it were converted, and what it puts out becomes the input of the next. So only
-one block's activations are in memory, and time grows linearly with depth.
+The network is run once on all data to see in which order its blocks run. Then the blocks are
+walked: each is visited with the inputs that it gets in the original network and those that it gets
+after the blocks before it were converted, and what it puts out becomes the input of the next. So
+only one block's activations are in memory, and time grows linearly with depth.
 
-Where a block's input is not the output of the one before it (between the stages of a convolutional
-network, or an encoder and a decoder), the network is run again up to that block.
+Where a block's input is not what the one before it puts out (between the stages of a convolutional
+network, or an encoder and a decoder), a chain ends, and the network is run again for the next one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from modewright.calibration.block_progress import BlockProgress
 from modewright.calibration.blocks import find_blocks
-from modewright.calibration.forward import evaluating, run_batch
+from modewright.calibration.calls import Call, CallKeeper, first_tensor
+from modewright.calibration.forward import evaluating, run_calibration
 from modewright.errors import DataError
 
 Metadata = dict[str, Any]
 Original = Callable[[nn.Module], AbstractContextManager[None]]
 Running = Callable[[], AbstractContextManager[Any]]
 NOT_REACHED = "no calibration data reached this block"
-
-
-@dataclass(frozen=True)
-class Call:
-    """How a block was called once: positional and keyword arguments, the hidden state in them."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def hidden(self) -> torch.Tensor | None:
-        """The hidden state: the first floating-point tensor, positional arguments first."""
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                return value
-        return None
-
-    def with_hidden(self, hidden: torch.Tensor) -> Call:
-        """Return the same call with another hidden state."""
-        own = self.hidden
-        args = tuple(hidden if value is own else value for value in self.args)
-        kwargs = {key: hidden if value is own else value for key, value in self.kwargs.items()}
-        return Call(args, kwargs)
 
 
 class Block:
@@ -63,7 +42,7 @@ class Block:
         total: How many blocks there are.
         module: The block itself.
         calls: How it is called after the blocks before it were converted.
-        original_calls: How it is called in the original network.
+        original_calls: How it is called in the original network, in the same order.
     """
 
     def __init__(
@@ -86,10 +65,13 @@ class Block:
         Raises:
             DataError: It puts out no tensor.
         """
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        call = _moved(call, device)
+        device = next((p.device for p in self.module.parameters()), torch.device("meta"))
+        if device.type != "meta":  # there it is brought in by hooks, which bring the inputs too
+            call = call.on(device)
+        if call.hidden is not None:  # a block may write into its input
+            call = call.with_hidden(call.hidden.clone())
         with self._running():
-            output = _first_tensor(self.module(*call.args, **call.kwargs))
+            output = first_tensor(self.module(*call.args, **call.kwargs))
         if output is None:
             raise DataError(f"The block {self.name!r} puts out no tensor.")
         return output
@@ -118,6 +100,7 @@ def walk_blocks(
     Args:
         model: The network; every train flag is put back afterwards.
         calibration: Batches, or a function that runs the model, as ``run_calibration`` takes them.
+            It is gone through once; what the model was called with is kept.
         visit: What is done to a block. It may change the block as long as it stays the same module.
         as_original: A context in which a module computes what it did before all conversions.
         keep_original: Follow the original network too; otherwise ``original_calls`` are ``calls``.
@@ -130,18 +113,18 @@ def walk_blocks(
         ``{"": {"skipped": reason}}``.
 
     Raises:
-        DataError: There are no batches, or one has another form.
+        DataError: There are no batches, or one has another form; or the converted network does not
+            call its blocks as the original one does.
     """
     names = find_blocks(model) or ("",)
+    found: dict[str, Metadata] = {name: {"": {"skipped": NOT_REACHED}} for name in names}
     with evaluating(model), _no_cache(model):
-        source = _Source(model, calibration)
-        with torch.no_grad(), running():
-            seen = source.record(names)
-        order = sorted((name for name in names if seen.calls[name]), key=seen.order.index)
-        walk = _Walk(model, source, seen, as_original, keep_original, running)
-        found: dict[str, Metadata] = {n: {"": {"skipped": NOT_REACHED}} for n in names}
-        for index, name in enumerate(order):
-            block = walk.block(name, index, len(order))
+        network = _Network(model, names)
+        with as_original(model), running():
+            network.survey(calibration)
+        walk = _Walk(network, as_original, keep_original, running)
+        for index, name in enumerate(network.order):
+            block = walk.block(index)
             kept = None if progress is None else progress.load(name, block.module)
             if kept is None:
                 found[name] = visit(block)
@@ -151,246 +134,227 @@ def walk_blocks(
                 found[name] = kept
             walk.advance(block)
             if on_block is not None:
-                on_block(index + 1, len(order))
+                on_block(index + 1, len(network.order))
     return found
-
-
-@dataclass
-class _Seen:
-    """What one run of the network showed.
-
-    Attributes:
-        calls: By block how it was called; hidden states are kept only where a chain begins.
-        order: Blocks in the order of their first call.
-        follows: By block the one whose output is its input, if there is one.
-    """
-
-    calls: dict[str, list[Call]]
-    order: list[str]
-    follows: dict[str, str]
 
 
 class _Stop(BaseException):
     """Ends a forward pass; never leaves this file."""
 
 
-class _Source:
-    """Runs the model on calibration data and watches its blocks."""
+class _Output(NamedTuple):
+    """What a block put out last, and which of its calls that was."""
 
-    def __init__(self, model: nn.Module, calibration: object) -> None:
-        self._model = model
-        self._calibration: Callable[[nn.Module], object] | Sequence[object]
-        if callable(calibration) or isinstance(calibration, Sequence):
-            self._calibration = calibration
-        elif isinstance(calibration, Iterable):
-            self._calibration = list(calibration)
-        else:
-            raise DataError(
-                "calibration must be an iterable of batches or a function that runs the model; "
-                f"received {type(calibration).__name__}."
-            )
+    name: str
+    number: int
+    tensor: torch.Tensor
+    version: int | None
 
-    def record(self, names: Sequence[str]) -> _Seen:
-        """Run everything once; return how the blocks are called."""
-        seen = _Seen({name: [] for name in names}, [], {})
-        known: list[Any] = []
-        last: list[tuple[str, torch.Tensor]] = []
-        broken: set[str] = set()
 
-        def before(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                call = _shared(_without_cache(Call(args, kwargs)), known)
-                hidden = call.hidden
-                chained = bool(last) and hidden is last[0][1]
-                if chained and seen.follows.get(name, last[0][0]) == last[0][0]:
-                    seen.follows[name] = last[0][0]
-                else:
-                    broken.add(name)
-                if name not in seen.order:
-                    seen.order.append(name)
-                if chained and hidden is not None:  # its values come from the walk
-                    call = call.with_hidden(hidden.new_empty(0))
-                seen.calls[name].append(call)
+class _Network:
+    """The model with the data that it is run on, and what is known of how its blocks are called.
 
-            return hook
+    Attributes:
+        order: The blocks that data reaches, in the order of their first call.
+        follows: Those of them whose input is always what the one before them in ``order`` puts out.
+    """
 
-        def after(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                tensor = _first_tensor(output)
-                last[:] = [] if tensor is None else [(name, tensor)]
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.model = model
+        self.order: list[str] = []
+        self.follows: set[str] = set()
+        self._names = names
+        self._inputs: list[Call] = []
+        self._counts: list[Counter[str]] = []  # for every input how often each block is called
+        self._function: object = None
 
-            return hook
+    def survey(self, calibration: object) -> None:
+        """Run all data once; note the inputs, and how the blocks are called."""
+        if callable(calibration):
+            self._function = calibration
+        totals: Counter[str] = Counter()
+        sources: dict[str, str | None] = {}
+        last: list[_Output] = []
+
+        def root(name: str, call: Call) -> None:
+            self._inputs.append(call.without_cache())
+            self._counts.append(Counter())
+
+        def before(name: str, call: Call) -> None:
+            source = next((o.name for o in last if _is_chained(o, name, call, totals)), None)
+            if sources.setdefault(name, source) != source:
+                sources[name] = None
+            totals[name] += 1
+            if self._counts:
+                self._counts[-1][name] += 1
+
+        def after(name: str, output: Any) -> None:
+            tensor = first_tensor(output)
+            number = totals[name] - 1
+            last[:] = [] if tensor is None else [_Output(name, number, tensor, _version(tensor))]
 
         with ExitStack() as hooks:
-            for name in names:
-                module = self._model.get_submodule(name)
-                handle = module.register_forward_pre_hook(before(name), with_kwargs=True)
-                hooks.callback(handle.remove)
-                hooks.callback(module.register_forward_hook(after(name)).remove)
-            self._run()
-        for name in broken:
-            seen.follows.pop(name, None)
-        return seen
+            self._hook(hooks, "", root)
+            for name in self._names:
+                self._hook(hooks, name, before, after)
+            run_calibration(self.model, calibration)
+        self.order = list(sources)
+        for previous, name in zip(self.order, self.order[1:], strict=False):
+            if sources[name] == previous and totals[name] == totals[previous]:
+                self.follows.add(name)
 
-    def calls_of(self, name: str) -> list[Call]:
-        """Run the network as it is now up to a block; return how that is called."""
-        found: list[Call] = []
+    def chain(self, head: str) -> list[str]:
+        """Return a block and those after it that get what the one before them puts out."""
+        rest = self.order[self.order.index(head) + 1 :]
+        return [head, *takewhile(self.follows.__contains__, rest)]
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(_without_cache(Call(args, kwargs)))
-            if not callable(self._calibration):
+    def record(self, chain: Sequence[str], keeper: CallKeeper) -> dict[str, list[Call]]:
+        """Run the network as it is now; return how the blocks of a chain are called.
+
+        Hidden states are kept for the first block alone: those of the others come from the walk.
+        """
+        if self._inputs and chain[0] == "":
+            return {"": list(self._inputs)}
+        found: dict[str, list[Call]] = {name: [] for name in chain}
+        left = 0
+
+        def before(name: str, call: Call) -> None:
+            nonlocal left
+            found[name].append(keeper.keep(call, hidden=name == chain[0]))
+            left -= 1
+            if not left:
                 raise _Stop
 
-        module = self._model.get_submodule(name)
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                self._run()
-        finally:
-            handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for name in chain:
+                self._hook(hooks, name, before)
+            if not self._inputs:  # the function runs parts of the model
+                run_calibration(self.model, self._function)
+            for call, counts in zip(self._inputs, self._counts, strict=True):
+                left = sum(counts[name] for name in chain)
+                try:
+                    if left:
+                        self.model(*call.args, **call.kwargs)
+                except _Stop:
+                    continue
         return found
 
-    def _run(self) -> None:
-        if callable(self._calibration):
-            self._calibration(self._model)
-            return
-        count = 0
-        for count, batch in enumerate(self._calibration, start=1):
-            try:
-                run_batch(self._model, batch, number=count)
-            except _Stop:
-                continue
-        if not count:
-            raise DataError(
-                "calibration holds no batches. An iterator is empty after its first use; pass a "
-                "list."
-            )
+    def _hook(
+        self,
+        hooks: ExitStack,
+        name: str,
+        before: Callable[[str, Call], None],
+        after: Callable[[str, Any], None] | None = None,
+    ) -> None:
+        """Have functions called before and after a module runs, until the hooks are closed."""
+
+        def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            before(name, Call(args, kwargs))
+
+        def post(module: nn.Module, args: Any, output: Any) -> None:
+            if after is not None:
+                after(name, output)
+
+        module = self.model.get_submodule(name)
+        hooks.callback(module.register_forward_pre_hook(pre, with_kwargs=True).remove)
+        if after is not None:
+            hooks.callback(module.register_forward_hook(post).remove)
 
 
 class _Walk:
     """Both streams of hidden states, from block to block."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        source: _Source,
-        seen: _Seen,
-        as_original: Original,
-        keep_original: bool,
-        running: Running,
+        self, network: _Network, as_original: Original, keep_original: bool, running: Running
     ) -> None:
-        self._model, self._source, self._seen = model, source, seen
+        self._network, self._running = network, running
         self._as_original, self._keep_original = as_original, keep_original
-        self._running = running
-        self._done: str | None = None
+        self._calls: dict[str, list[Call]] = {}
+        self._original_calls: dict[str, list[Call]] = {}
         self._hidden: list[torch.Tensor] = []
         self._original: list[torch.Tensor] = []
 
-    def block(self, name: str, index: int, total: int) -> Block:
+    def block(self, index: int) -> Block:
         """Return the next block with its calls."""
-        recorded = self._seen.calls[name]
-        if self._done is not None and self._seen.follows.get(name) == self._done:
-            calls = _filled(recorded, self._hidden)
-            original = _filled(recorded, self._original) if self._keep_original else calls
-        elif index == 0:
-            calls = original = recorded
-        else:
-            with self._running():
-                calls = original = self._source.calls_of(name)
-            if self._keep_original:
-                with self._as_original(self._model), self._running():
-                    original = self._source.calls_of(name)
-        self._seen.calls[name] = []
-        module = self._model.get_submodule(name)
-        place = (name, index, total)
+        network = self._network
+        name = network.order[index]
+        if name not in network.follows:
+            self._begin(index)
+        calls = _filled(self._calls.pop(name), self._hidden)
+        original = calls
+        if self._keep_original:
+            original = _filled(self._original_calls.pop(name), self._original)
+        self._hidden, self._original = [], []
+        module = network.model.get_submodule(name)
+        place = (name, index, len(network.order))
         return Block(place, module, calls, original, self._as_original, self._running)
 
     def advance(self, block: Block) -> None:
-        """Run a visited block, so that the next one gets what it puts out."""
-        self._done = block.name
-        if block.name not in self._seen.follows.values():
-            self._hidden, self._original = [], []
+        """Run a visited block, if the next one gets what it puts out."""
+        after = self._network.order[block.index + 1 : block.index + 2]
+        if not self._network.follows.issuperset(after) or not after:
             return
         with torch.no_grad():
             if self._keep_original:
                 self._original = [tensor.cpu() for tensor in block.original_outputs()]
             self._hidden = [block.run(call).cpu() for call in block.calls]
 
+    def _begin(self, index: int) -> None:
+        """Run the network for the chain that begins with a block."""
+        order, model = self._network.order, self._network.model
+        chain, keeper = self._network.chain(order[index]), CallKeeper()
+        with ExitStack() as contexts:
+            contexts.enter_context(self._running())
+            for name in order[index:]:  # what these put out is not looked at, or not yet
+                contexts.enter_context(self._as_original(model.get_submodule(name)))
+            self._calls = self._network.record(chain, keeper)
+        if not self._keep_original:
+            return
+        with self._running(), self._as_original(model):
+            self._original_calls = self._network.record(chain, keeper)
+        for name in chain:
+            before, now = len(self._original_calls[name]), len(self._calls[name])
+            if before != now:
+                raise DataError(
+                    f"The block {name!r} is called {before} times by the original network, but "
+                    f"{now} times after the blocks before it were converted: calibrate with data "
+                    "on which both take the same way."
+                )
+
 
 def _filled(recorded: Sequence[Call], hidden: Sequence[torch.Tensor]) -> list[Call]:
+    """Return calls with hidden states; without any, as they were recorded."""
+    if not hidden:
+        return list(recorded)
     return [call.with_hidden(tensor) for call, tensor in zip(recorded, hidden, strict=True)]
 
 
-def _shared(call: Call, known: list[Any]) -> Call:
-    """Return a call in which arguments equal to known ones (masks, positions) are the same."""
+def _is_chained(output: _Output, name: str, call: Call, totals: Counter[str]) -> bool:
+    """Whether a call gets what the same call of another block put out, unchanged."""
     hidden = call.hidden
-
-    def one(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(one(item) for item in value)
-        if not isinstance(value, torch.Tensor) or value is hidden:
-            return value
-        for other in known:
-            if other is value or (
-                other.shape == value.shape
-                and other.dtype == value.dtype
-                and other.device == value.device
-                and torch.equal(other, value)
-            ):
-                return other
-        known.append(value)
-        return value
-
-    return Call(
-        tuple(one(value) for value in call.args), {k: one(v) for k, v in call.kwargs.items()}
+    return (
+        hidden is output.tensor
+        and output.version == _version(output.tensor)
+        and output.name != name
+        and output.number == totals[name]
     )
 
 
-def _without_cache(call: Call) -> Call:
-    """Return a call that keeps nothing from one forward pass to the next."""
-
-    def one(value: Any) -> Any:
-        stateful = callable(getattr(value, "update", None)) and not isinstance(value, dict)
-        return None if stateful and not isinstance(value, nn.Module) else value
-
-    kwargs = {key: one(value) for key, value in call.kwargs.items()}
-    if "use_cache" in kwargs:
-        kwargs["use_cache"] = False
-    return replace(call, args=tuple(one(value) for value in call.args), kwargs=kwargs)
+def _version(tensor: torch.Tensor) -> int | None:
+    """Return a number that grows when a tensor is written into."""
+    return None if tensor.is_inference() else tensor._version
 
 
 @contextmanager
 def _no_cache(model: nn.Module) -> Iterator[None]:
-    """Keep a model of transformers from filling a cache of keys and values."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
+    """Keep models of transformers, also inside others, from filling caches of keys and values."""
+    owners = [(m, key) for m in model.modules() for key in ("config", "generation_config")]
+    configs: list[Any] = [getattr(module, key, None) for module, key in owners]
+    switched = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}
     try:
-        if before:
+        for config in switched.values():
             config.use_cache = False
         yield
     finally:
-        if before:
-            config.use_cache = before
-
-
-def _first_tensor(output: Any) -> torch.Tensor | None:
-    """Return the hidden state in what a module puts out."""
-    if isinstance(output, torch.Tensor):
-        return output
-    for name in ("logits", "last_hidden_state"):
-        if isinstance(getattr(output, name, None), torch.Tensor):
-            found: torch.Tensor = getattr(output, name)
-            return found
-    items = output.values() if isinstance(output, dict) else output
-    if isinstance(output, (tuple, list, dict)):
-        return next((tensor for i in items if (tensor := _first_tensor(i)) is not None), None)
-    return None
-
-
-def _moved(call: Call, device: torch.device) -> Call:
-    def one(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(device)
-        return tuple(one(item) for item in value) if type(value) is tuple else value
-
-    return Call(tuple(one(v) for v in call.args), {k: one(v) for k, v in call.kwargs.items()})
+        for config in switched.values():
+            config.use_cache = True

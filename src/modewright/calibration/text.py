@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +32,7 @@ PASSAGE_CHARACTERS = 4000
 """About how long a passage may grow, in characters; longer documents are cut."""
 
 _SUFFIXES = (".txt", ".md", ".jsonl")
+_DATASETS = "datasets:"
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 _Located = tuple[str, str]  # (where a document was found, its text)
 
@@ -38,17 +40,19 @@ _Located = tuple[str, str]  # (where a document was found, its text)
 def load_documents(source: str | Path | Iterable[str], split: Split) -> list[str]:
     """Load the passages of a source that belong to one split, in the order of the source.
 
-    A topic of the builtin corpus, a text file, a row of a JSONL file or an item of an iterable is
-    one document. Documents longer than about 4000 characters are cut at blank lines (and where
-    there is none, at line ends, and at last anywhere) into passages of about that size. About one
-    passage in four belongs to ``"evaluation"``, the others to ``"calibration"``.
+    A topic of the builtin corpus, a text file, a row of a JSONL file or of a dataset and an item of
+    an iterable is one document. Documents longer than about 4000 characters are cut at blank lines
+    (and where there is none, at line ends, and at last anywhere) into passages of about that size.
+    About one passage in four belongs to ``"evaluation"``, the others to ``"calibration"``.
 
     Args:
         source: ``"builtin"`` (the Python language reference that every CPython carries, some 460
             thousand characters; its text varies a little between Python versions), a ``.txt`` or
             ``.md`` file, a ``.jsonl`` file (one JSON object a line with the text under the key
-            ``"text"``), a folder of such files (searched recursively, taken in sorted order), or
-            an iterable of strings.
+            ``"text"``), a folder of such files (searched recursively, taken in sorted order),
+            ``"datasets:NAME"`` or ``"datasets:NAME:COLUMN"`` (a dataset of Hugging Face, or a
+            folder that its library saved; the rows of its train split; the column ``"text"`` if
+            none is named), or an iterable of strings.
         split: ``"calibration"`` or ``"evaluation"``.
 
     Returns:
@@ -79,6 +83,8 @@ def _documents(source: str | Path | Iterable[str]) -> Iterator[_Located]:
     """Yield every document of a source with the place it came from."""
     if isinstance(source, str) and source == "builtin":
         yield from _builtin_documents()
+    elif isinstance(source, str) and source.startswith(_DATASETS):
+        yield from _dataset_documents(source)
     elif isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         if path.is_dir():
@@ -88,7 +94,8 @@ def _documents(source: str | Path | Iterable[str]) -> Iterator[_Located]:
         else:
             raise DataError(
                 f"No text found at {str(source)!r}: expected 'builtin', a {_kinds()} file, a "
-                "folder of such files, or an iterable of strings (put a single text in a list)."
+                "folder of such files, 'datasets:NAME', or an iterable of strings (put a single "
+                "text in a list)."
             )
     elif isinstance(source, Iterable):
         for index, item in enumerate(source):
@@ -115,6 +122,35 @@ def _builtin_documents() -> Iterator[_Located]:
         ) from error
     for name in sorted(topics):
         yield f"builtin topic {name!r}", topics[name]
+
+
+def _dataset_documents(source: str) -> Iterator[_Located]:
+    """Yield the rows of a dataset of Hugging Face."""
+    name, _, column = source.removeprefix(_DATASETS).partition(":")
+    column = column or "text"
+    try:
+        datasets: Any = import_module("datasets")
+    except ImportError as error:
+        raise DataError(
+            f"The text {source!r} needs the package datasets, which is not installed: "
+            "pip install datasets."
+        ) from error
+    try:
+        folder = Path(name).expanduser()
+        local = folder.is_dir()
+        rows = datasets.load_from_disk(folder) if local else datasets.load_dataset(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"The dataset {name!r} cannot be loaded: {error}") from error
+    if isinstance(rows, Mapping):  # a dataset with splits
+        rows = rows["train"] if "train" in rows else next(iter(rows.values()))
+    if column not in rows.column_names:
+        raise DataError(
+            f"The dataset {name!r} has no column {column!r} but {', '.join(rows.column_names)}: "
+            f"name one of them as '{_DATASETS}{name}:COLUMN'."
+        )
+    for index, row in enumerate(rows):
+        where = f"row {index} of the dataset {name!r}"
+        yield where, _checked(row[column], where)
 
 
 def _folder_documents(folder: Path) -> Iterator[_Located]:

@@ -12,21 +12,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from modewright.calibration.driver import Block, Call, walk_blocks
+from modewright._version import __version__
+from modewright.calibration.block_progress import BlockProgress
+from modewright.calibration.calls import Call
+from modewright.calibration.driver import Block, walk_blocks
 from modewright.calibration.forward import run_batch
+from modewright.calibration.text import fingerprint
 from modewright.errors import DataError
-from modewright.quantization.convert import quantized_layers
+from modewright.modes.config import ModeConfig
+from modewright.quantization.convert import quantized_layers, quantizers
 from modewright.quantization.layers import QuantizedLayer
 from modewright.quantization.precision import Precision, automatic_precision, usable_precision
 from modewright.quantization.quantizer import disabled, quantizers_of
 
 Metadata = dict[str, Any]
 OnBlock = Callable[[int, "int | None"], None]
+_SAMPLES = 64  # values of a tensor by which it is recognised
 
 
 @contextmanager
@@ -45,6 +53,8 @@ def walk(
     keep_original: bool = True,
     precision: Precision = "float32",
     on_batch: OnBlock | None = None,
+    checkpoint: str | Path | None = None,
+    config: ModeConfig | None = None,
 ) -> dict[str, Metadata]:
     """Run a pass over every block of a quantized model.
 
@@ -56,6 +66,9 @@ def walk(
         keep_original: Whether blocks bring the inputs of the original network too.
         precision: Of matrix products while blocks are run; see :func:`walking_precision`.
         on_batch: Called after each block with how many are done, and how many there are.
+        checkpoint: A folder in which finished blocks are kept, to go on after the last one. Only
+            for a pass whose whole work on a block is in that block's tensors.
+        config: The mode's config; another one finds nothing in the folder.
 
     Returns:
         By block what ``solve`` returned.
@@ -78,7 +91,28 @@ def walk(
         keep_original=keep_original,
         running=lambda: automatic_precision(device, chosen),
         on_block=on_batch,
+        progress=_progress(checkpoint, model, calibration, [mode, chosen, config]),
     )
+
+
+def _progress(
+    folder: str | Path | None, model: nn.Module, calibration: object, settings: list[object]
+) -> BlockProgress | None:
+    """Return the finished blocks of this very walk; ``None`` if it cannot be recognised."""
+    if folder is None or not isinstance(calibration, Sequence):
+        return None
+    try:
+        digest = sha256(fingerprint(calibration).encode())
+    except DataError:  # batches of other things than tensors
+        return None
+    digest.update(repr([__version__, torch.__version__, *settings]).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        step = max(1, tensor.numel() // _SAMPLES)
+        values = None if tensor.is_meta else tensor.detach().reshape(-1)[::step]
+        digest.update(f"{name} {tuple(tensor.shape)} {fingerprint([values])};".encode())
+    for name, quantizer in quantizers(model).items():
+        digest.update(f"{name} {quantizer.config!r};".encode())
+    return BlockProgress(Path(folder), digest.hexdigest())
 
 
 def walking_precision(model: nn.Module, calibration: object, precision: Precision) -> Precision:

@@ -250,7 +250,12 @@ class LearnedRoundingConfig(ModeConfig):
     """Config of mode ``learned_rounding``."""
 
     iterations: int = Field(default=200, ge=1, description="Steps for each block.")
-    batch_size: int = Field(default=2, ge=1, description="Batches of calibration data in a step.")
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Batches of calibration data in a step; as many as make about a thousand "
+        "tokens if left out.",
+    )
     rate: float | None = Field(
         default=None,
         gt=0,
@@ -279,7 +284,12 @@ class LsqConfig(ModeConfig):
     """Config of mode ``lsq``."""
 
     epochs: int = Field(default=2, ge=1, description="How often the calibration data is seen.")
-    batch_size: int = Field(default=2, ge=1, description="Batches of calibration data in a step.")
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Batches of calibration data in a step; as many as make about a thousand "
+        "tokens if left out.",
+    )
     rate: float = Field(
         default=1e-3, gt=0, description="Learning rate of scales, relative to each scale."
     )

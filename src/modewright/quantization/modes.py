@@ -28,6 +28,8 @@ from modewright.quantization.config import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from modewright.calibration.forward import OnBatch
@@ -51,10 +53,11 @@ class QuantizeMode(ModeDescriptor[QuantizeConfig]):
         *,
         calibration: object = None,
         on_batch: OnBatch | None = None,
+        checkpoint: str | Path | None = None,
     ) -> tuple[nn.Module, Metadata]:
         """Insert quantizers; the metadata holds the scheme of every layer and what was skipped.
 
-        Calibration data is not needed yet; it is accepted so that one ``mode_kwargs`` fits all.
+        Keywords are not needed yet; they are accepted so that one ``mode_kwargs`` fits all.
         """
         from modewright.quantization import convert
 
@@ -81,6 +84,7 @@ class CalibratingMode(ModeDescriptor[C]):
 
     Attributes:
         home: ``module:function`` under ``quantization.passes`` that does it.
+        resumes: Whether a conversion that was killed can go on block by block.
     """
 
     technique = "quantization"
@@ -89,6 +93,7 @@ class CalibratingMode(ModeDescriptor[C]):
     uses_calibration = True
     writes_in_place = False
     home: ClassVar[str]
+    resumes: ClassVar[bool] = False
 
     def convert(
         self,
@@ -97,6 +102,7 @@ class CalibratingMode(ModeDescriptor[C]):
         *,
         calibration: object = None,
         on_batch: OnBatch | None = None,
+        checkpoint: str | Path | None = None,
     ) -> tuple[nn.Module, Metadata]:
         """Calibrate.
 
@@ -105,11 +111,15 @@ class CalibratingMode(ModeDescriptor[C]):
             config: The config.
             calibration: Batches, or a function that runs the model.
             on_batch: Called with how much is done, and how much there is.
+            checkpoint: A folder in which finished blocks are kept, if the mode :attr:`resumes`:
+                the same conversion of the same model goes on after the last of them. Batches can
+                be recognised; with a function everything is done again.
         """
         module, _, function = self.home.partition(":")
         run = getattr(import_module(f"modewright.quantization.passes.{module}"), function)
+        kept = {"checkpoint": checkpoint} if self.resumes else {}
         result: tuple[nn.Module, Metadata] = run(
-            model, config, calibration=calibration, on_batch=on_batch
+            model, config, calibration=calibration, on_batch=on_batch, **kept
         )
         return result
 
@@ -182,6 +192,7 @@ class GptqMode(CalibratingMode[GptqConfig]):
     name = "gptq"
     config_class = GptqConfig
     home = "gptq:convert"
+    resumes = True
 
 
 class LearnedRoundingMode(CalibratingMode[LearnedRoundingConfig]):
@@ -190,6 +201,7 @@ class LearnedRoundingMode(CalibratingMode[LearnedRoundingConfig]):
     name = "learned_rounding"
     config_class = LearnedRoundingConfig
     home = "learned_rounding:convert"
+    resumes = True
 
 
 class LsqMode(CalibratingMode[LsqConfig]):
@@ -218,10 +230,11 @@ class ExportQuantizeMode(ModeDescriptor[ExportQuantizeConfig]):
         *,
         calibration: object = None,
         on_batch: OnBatch | None = None,
+        checkpoint: str | Path | None = None,
     ) -> tuple[nn.Module, Metadata]:
         """Fold; the metadata lists the layers, and those whose activations are plain again.
 
-        Calibration data is not needed; it is accepted so that one ``mode_kwargs`` fits all.
+        Keywords are not needed; they are accepted so that one ``mode_kwargs`` fits all.
         """
         from modewright.quantization import convert
 

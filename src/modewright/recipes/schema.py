@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+SELF = "self"  # the source of text that the model writes
 
 
 class _Part(BaseModel):
@@ -15,14 +17,29 @@ class _Part(BaseModel):
 class TextData(_Part):
     """Text, cut into windows of tokens."""
 
-    source: str = Field(
+    source: str | tuple[str, ...] = Field(
         default="builtin",
         description="'builtin' (the language reference that Python carries), a .txt, .md or .jsonl "
-        "file, or a folder of these.",
+        "file, a folder of these, 'datasets:NAME[:COLUMN]' (Hugging Face datasets), or 'self' (the "
+        "model writes it; only for calibration). Of a list every source gives as many windows.",
     )
     windows: int = Field(default=16, ge=1, description="How many windows.")
     length: int = Field(default=256, ge=2, description="Tokens in a window.")
     seed: int = Field(default=0, description="Which windows are chosen.")
+
+    @property
+    def windows_of(self) -> dict[str, int]:
+        """How many windows come from each source: as many from all, or one more from the first."""
+        sources = (self.source,) if isinstance(self.source, str) else self.source
+        share, rest = divmod(self.windows, len(sources))
+        return {source: share + (index < rest) for index, source in enumerate(sources)}
+
+    @field_validator("source")
+    @classmethod
+    def _check_sources(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value or (isinstance(value, tuple) and len(set(value)) < len(value)):
+            raise ValueError("expected a source, or a list of different ones")
+        return value
 
 
 class RecipeStep(_Part):
@@ -65,6 +82,15 @@ class Recipe(_Part):
         default=TextData(), description="Text to measure quality on; never shared with calibration."
     )
     checks: Checks = Field(default=Checks(), description="What the result must satisfy.")
+
+    @field_validator("evaluation")
+    @classmethod
+    def _check_evaluation(cls, value: TextData) -> TextData:
+        if SELF in value.windows_of:
+            raise ValueError(
+                f"a model cannot be measured on text that it wrote: {SELF!r} is for calibration"
+            )
+        return value
 
     # Where the recipe was read from, and the line of everything in it; empty if from no file.
     _origin: str = PrivateAttr(default="")

@@ -5,13 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
+from modewright.calibration.self_text import generate_windows
 from modewright.calibration.text import Split, fingerprint, load_documents, make_windows
-from modewright.recipes.schema import Recipe, TextData
+from modewright.recipes.schema import SELF, Recipe, TextData
 from modewright.run.subject import Subject
+
+
+class _Size(TypedDict):
+    count: int
+    length: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -95,22 +102,33 @@ def load_data(
 ) -> RunData:
     """Cut calibration and evaluation windows from text, or take what the caller brings.
 
+    Text that the model writes is written here, before any mode changes it.
+
     Raises:
         DataError: The text cannot be read, or there is too little of it.
     """
-    if evaluation is None and subject.tokenizer is not None:
+    has_tokenizer = subject.tokenizer is not None
+    if evaluation is None and has_tokenizer:
         evaluation = _windows(subject, recipe.evaluation, "evaluation")
     data: CalibrationData | None = None
     if uses_calibration and calibration is not None:
         data = CalibrationData(calibration)
-    elif uses_calibration and subject.tokenizer is not None:
+    elif uses_calibration and (has_tokenizer or set(recipe.calibration.windows_of) == {SELF}):
         tokens = _windows(subject, recipe.calibration, "calibration")
         data = CalibrationData([tokens[i : i + 1] for i in range(len(tokens))], fingerprint(tokens))
     return RunData(data, evaluation)
 
 
 def _windows(subject: Subject, text: TextData, split: Split) -> torch.Tensor:
-    documents = load_documents(text.source, split)
-    return make_windows(
-        documents, subject.encode(), length=text.length, count=text.windows, seed=text.seed
-    )
+    """Return windows from all sources, int64 ``[windows, length]``, one source after another."""
+    parts = []
+    for source, count in text.windows_of.items():
+        if not count:
+            continue
+        size: _Size = {"count": count, "length": text.length, "seed": text.seed}
+        if source == SELF:
+            parts.append(generate_windows(subject.model, **size))
+        else:
+            documents = load_documents(source, split)
+            parts.append(make_windows(documents, subject.encode(), **size))
+    return torch.cat(parts)

@@ -73,6 +73,10 @@ class Progress:
         """Whether an earlier run left something to go on from."""
         return len(self._data) > 1
 
+    def blocks_folder(self, step: int) -> Path | None:
+        """Return where a step may keep its finished blocks until the model after it is kept."""
+        return None if self._output is None else self._folder / "blocks" / str(step)
+
     @contextmanager
     def result_folder(self) -> Iterator[Path]:
         """Lend the folder in which the output is put together; a temporary one without output."""
@@ -121,6 +125,7 @@ class Progress:
         self._data["finished_steps"] = finished
         self._data["steps"] = [asdict(step) for step in steps]
         self._write()
+        shutil.rmtree(self._folder / "blocks", ignore_errors=True)
 
     def publish(self) -> None:
         """Put the finished result in the place of the output, and drop the rest."""

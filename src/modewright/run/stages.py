@@ -28,6 +28,7 @@ from modewright.modes.checkpoint import inspect, restore, save
 from modewright.modes.codec import dumps
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.state import ModeState, note_fallback, state_of
+from modewright.quantization.modes import CalibratingMode
 from modewright.quantization.size import packed_bytes
 from modewright.recipes.schema import Recipe, RecipeStep
 from modewright.run.data import RunData, load_data
@@ -102,7 +103,7 @@ class Run:
         self.steps.extend(progress.steps)
         for number, step in enumerate(self.recipe.steps):
             if number >= progress.finished_steps:
-                model = self._apply(model, step, data)
+                model = self._apply(model, step, data, progress.blocks_folder(number))
                 modes = [s for s in self.steps if s.name in self.registry]
                 progress.keep_step(model, number + 1, modes)
         return model
@@ -225,12 +226,17 @@ class Run:
             calibration=data.calibration.fingerprint if used and data.calibration else None,
         )
 
-    def _apply(self, model: nn.Module, step: RecipeStep, data: RunData) -> nn.Module:
+    def _apply(
+        self, model: nn.Module, step: RecipeStep, data: RunData, blocks: Path | None
+    ) -> nn.Module:
         """Apply one step, or what the recipe names in its place if it fails."""
         kwargs: dict[str, Any] = {}
         if step.mode in self.registry and self.registry[step.mode].uses_calibration:
             batches = None if data.calibration is None else data.calibration.for_mode()
             kwargs = {"calibration": batches, "on_batch": self._on(step.mode)}
+            mode = self.registry[step.mode]
+            if blocks is not None and isinstance(mode, CalibratingMode) and mode.resumes:
+                kwargs["checkpoint"] = blocks / step.mode
         try:
             with self.timed(step.mode):
                 return apply_mode(
@@ -241,7 +247,7 @@ class Run:
                 raise
             reason = str(error)
         for other in step.fallback:
-            model = self._apply(model, other, data)
+            model = self._apply(model, other, data, blocks)
             self.steps[-1] = self.steps[-1].in_place_of(step.mode, reason)
             note_fallback(model, step.mode, reason)
         return model

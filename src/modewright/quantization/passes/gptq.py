@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def convert(
     *,
     calibration: object = None,
     on_batch: OnBlock | None = None,
+    checkpoint: str | Path | None = None,
 ) -> tuple[nn.Module, Metadata]:
     """Walk the blocks and solve each group of layers.
 
@@ -49,6 +51,8 @@ def convert(
         keep_original=config.correct_inputs,
         precision=config.precision,
         on_batch=on_batch,
+        checkpoint=checkpoint,
+        config=config,
     )
     return model, finish(model, blocks)
 

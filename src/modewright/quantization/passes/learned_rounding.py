@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from modewright.quantization.precision import automatic_precision, usable_precis
 from modewright.quantization.quantizer import Quantizer
 
 Metadata = dict[str, Any]
+_ROWS_IN_A_STEP = 1024
 _LONG = 3.0  # how many times the median error of a batch one token's error may count
 
 
@@ -29,6 +31,7 @@ def convert(
     *,
     calibration: object = None,
     on_batch: OnBlock | None = None,
+    checkpoint: str | Path | None = None,
 ) -> tuple[nn.Module, Metadata]:
     """Walk the blocks and learn each one's rounding.
 
@@ -47,6 +50,8 @@ def convert(
         mode="learned_rounding",
         precision=precision,
         on_batch=on_batch,
+        checkpoint=checkpoint,
+        config=config,
     )
     return model, finish(model, blocks)
 
@@ -63,8 +68,9 @@ def _solve(block: Block, config: LearnedRoundingConfig) -> Metadata:
     targets = block.original_outputs()
     generator = torch.Generator().manual_seed(config.seed)
     count = len(block.calls)
+    together = config.batch_size or batches_of(sum(map(_rows, targets)), count)
     drawn = [
-        torch.randperm(count, generator=generator)[: config.batch_size].tolist()
+        torch.randperm(count, generator=generator)[:together].tolist()
         for _ in range(config.iterations)
     ]
     probe = list(range(0, count, max(1, count // config.probe)))[: config.probe]
@@ -104,6 +110,15 @@ def _solve(block: Block, config: LearnedRoundingConfig) -> Metadata:
                 names.append(name)
     entry = {"block_error_before": before, "block_error_after": min(before, after)}
     return {name: dict(entry) for name in names}
+
+
+def batches_of(rows: int, count: int) -> int:
+    """Return how many of ``count`` batches with ``rows`` rows in all make a step."""
+    return max(1, min(count, round(_ROWS_IN_A_STEP * count / max(rows, 1))))
+
+
+def _rows(hidden: torch.Tensor) -> int:
+    return hidden.numel() // max(hidden.shape[-1], 1)
 
 
 def learned_weight(quantizer: Quantizer, weight: torch.Tensor) -> LearnedWeight:

@@ -9,7 +9,7 @@ nothing but them at the end). So blocks that were each optimized alone come to f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from modewright.quantization.blockwise import OnBlock, as_original
 from modewright.quantization.config import LsqConfig
 from modewright.quantization.convert import quantized_layers
 from modewright.quantization.passes.common import finish
-from modewright.quantization.passes.learned_rounding import frozen
+from modewright.quantization.passes.learned_rounding import batches_of, frozen
 from modewright.quantization.precision import automatic_precision, usable_precision
 from modewright.quantization.quantizer import Quantizer
 
@@ -107,7 +107,8 @@ def _learn(
     probe, training = (batches[-held:], batches[:-held]) if held else (batches, batches)
     factors = [scale.factor for scale in learned]
     adam = torch.optim.Adam(factors, lr=config.rate, betas=(0.9, 0.95))
-    steps_each = -(-len(training) // config.batch_size)
+    together = config.batch_size or batches_of(sum(map(_size, training)), len(training))
+    steps_each = -(-len(training) // together)
     total = steps_each * config.epochs
     adjust = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: max(1 - step / total, 0.01))
     generator = torch.Generator().manual_seed(config.seed)
@@ -116,8 +117,8 @@ def _learn(
     done = 0
     for _ in range(config.epochs):
         order = torch.randperm(len(training), generator=generator).tolist()
-        for start in range(0, len(order), config.batch_size):
-            chosen = order[start : start + config.batch_size]
+        for start in range(0, len(order), together):
+            chosen = order[start : start + together]
             for index in chosen:
                 loss = _distance(model, training[index], config) / len(chosen)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -134,6 +135,13 @@ def _learn(
         for factor, value in zip(factors, best, strict=True):
             factor.copy_(value)
     return history
+
+
+def _size(batch: object) -> int:
+    """Return how many tokens a batch has: the length of its first tensor of ids or features."""
+    items: Any = batch.values() if isinstance(batch, Mapping) else batch
+    first = batch if isinstance(batch, torch.Tensor) else next(iter(items))
+    return int(first.numel() // (first.shape[-1] if first.is_floating_point() else 1))
 
 
 def _probe(model: nn.Module, batches: Sequence[object], config: LsqConfig) -> float:
