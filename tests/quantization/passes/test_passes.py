@@ -274,6 +274,8 @@ def test_importance_lets_weights_of_large_inputs_keep_their_precision() -> None:
         modewright.apply_mode(
             model, ("mse", {"importance": importance}), mode_kwargs={"calibration": batches}
         )
-        errors[importance] = float((torch.cat([model(b) for b in batches]).detach() - expected).norm())
+        errors[importance] = float(
+            (torch.cat([model(b) for b in batches]).detach() - expected).norm()
+        )
 
     assert errors[True] < errors[False]
