@@ -46,6 +46,14 @@ BUILTIN_MODES: dict[str, ModeRow] = {
         f"{_QUANTIZATION}:AwqMode",
         "Enlarge the columns of weights that see large inputs, so that rounding costs less.",
     ),
+    "svdquant": ModeRow(
+        f"{_QUANTIZATION}:SvdquantMode",
+        "Put a branch of low rank in full precision beside every quantized weight.",
+    ),
+    "bias_correction": ModeRow(
+        f"{_QUANTIZATION}:BiasCorrectionMode",
+        "Take the mean error of every layer's output into its bias.",
+    ),
     "gptq": ModeRow(
         f"{_QUANTIZATION}:GptqMode",
         "Round weights one column after another; later ones make up for the error.",

@@ -86,6 +86,15 @@ REACH: dict[str, Reach] = {
         before={"w4a16": [quantized("w4a16")]},
         calibrated=True,
     ),
+    "svdquant": Reach(
+        configs={"rank 2": {"rank": 2}},
+        before={scheme: [quantized(scheme)] for scheme in ("w4a16", "w8a8")},
+        calibrated=True,
+    ),
+    "bias_correction": Reach(
+        before={"w4a16": [quantized("w4a16"), "max_calibrate"], "w8a8": [quantized("w8a8")]},
+        calibrated=True,
+    ),
     "gptq": Reach(
         configs={"defaults": {"min_tokens": 1}, "corrected": {"correct_inputs": True}},
         before={

@@ -246,6 +246,24 @@ class GptqConfig(ModeConfig):
     )
 
 
+class SvdquantConfig(ModeConfig):
+    """Config of mode ``svdquant``."""
+
+    rank: int = Field(default=32, ge=1, description="Inner size of the branch.")
+    iterations: int = Field(
+        default=4, ge=0, description="How often branch and quantized rest are fitted in turn."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Of matrix products while the network is run; 'auto' takes bfloat16 where it "
+        "is faster, if no weight has more than four bits.",
+    )
+
+
+class BiasCorrectionConfig(ModeConfig):
+    """Config of mode ``bias_correction``: there is nothing to set."""
+
+
 class LearnedRoundingConfig(ModeConfig):
     """Config of mode ``learned_rounding``."""
 

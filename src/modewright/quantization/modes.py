@@ -14,6 +14,7 @@ from modewright.modes.descriptor import Metadata, ModeDescriptor
 from modewright.modes.traits import Trait
 from modewright.quantization.config import (
     AwqConfig,
+    BiasCorrectionConfig,
     EntropyConfig,
     ExportQuantizeConfig,
     GptqConfig,
@@ -25,6 +26,7 @@ from modewright.quantization.config import (
     PercentileConfig,
     QuantizeConfig,
     SmoothquantConfig,
+    SvdquantConfig,
 )
 
 if TYPE_CHECKING:
@@ -184,6 +186,22 @@ class AwqMode(CalibratingMode[AwqConfig]):
     name = "awq"
     config_class = AwqConfig
     home = "smoothing:awq"
+
+
+class SvdquantMode(CalibratingMode[SvdquantConfig]):
+    """Put a branch of low rank in full precision beside every quantized weight."""
+
+    name = "svdquant"
+    config_class = SvdquantConfig
+    home = "svdquant:convert"
+
+
+class BiasCorrectionMode(CalibratingMode[BiasCorrectionConfig]):
+    """Take the mean error of every layer's output into its bias."""
+
+    name = "bias_correction"
+    config_class = BiasCorrectionConfig
+    home = "bias_correction:convert"
 
 
 class GptqMode(CalibratingMode[GptqConfig]):

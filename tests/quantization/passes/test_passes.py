@@ -279,3 +279,39 @@ def test_importance_lets_weights_of_large_inputs_keep_their_precision() -> None:
         )
 
     assert errors[True] < errors[False]
+
+
+def test_a_branch_of_low_rank_leaves_less_error(original: nn.Module) -> None:
+    plain = quantized(original, "w3a16", "max_calibrate")
+    model = quantized(original, "w3a16", ("svdquant", {"rank": 8}))
+
+    assert error(model, original, CALIBRATION) < 0.8 * error(plain, original, CALIBRATION)
+    for entry in metadata(model)["solved"].values():
+        assert entry["weighted_error"] <= entry["weighted_error_before"]
+    with as_original(model):
+        assert error(model, original, HELD_OUT) < 1e-9
+
+
+def test_a_branch_as_large_as_the_weight_is_refused_with_the_reason(original: nn.Module) -> None:
+    model = quantized(original, "w3a16", ("svdquant", {"rank": 20}))
+
+    assert all("no smaller" in item["reason"] for item in metadata(model)["skipped"])
+    assert len(metadata(model)["skipped"]) == 14
+
+
+def test_corrected_biases_leave_no_mean_error() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8), nn.Linear(8, 4, False))
+    batches = [torch.randn(32, 16) + 2 for _ in range(3)]
+    plain = copy.deepcopy(model)
+    modes = [("quantize", {"scheme": "w2a16"}), "max_calibrate"]
+    modewright.apply_mode(model, modes)
+    with torch.no_grad():
+        inputs = torch.cat(batches)
+        wanted = plain[0](inputs).mean(0)
+        before = (model[0](inputs).mean(0) - wanted).abs().max()
+        modewright.apply_mode(model, "bias_correction", mode_kwargs={"calibration": batches})
+        after = (model[0](inputs).mean(0) - wanted).abs().max()
+
+    assert after < 1e-5 < before
+    assert {item["module"] for item in metadata(model)["skipped"]} == {"3"}
