@@ -46,6 +46,10 @@ BUILTIN_MODES: dict[str, ModeRow] = {
         f"{_QUANTIZATION}:AwqMode",
         "Enlarge the columns of weights that see large inputs, so that rounding costs less.",
     ),
+    "hadamard": ModeRow(
+        f"{_QUANTIZATION}:HadamardMode",
+        "Rotate the inputs of layers in blocks when they run, so that outliers spread out.",
+    ),
     "svdquant": ModeRow(
         f"{_QUANTIZATION}:SvdquantMode",
         "Put a branch of low rank in full precision beside every quantized weight.",

@@ -86,6 +86,10 @@ REACH: dict[str, Reach] = {
         before={"w4a16": [quantized("w4a16")]},
         calibrated=True,
     ),
+    "hadamard": Reach(
+        configs={"defaults": None, "small blocks": {"size": 2, "weights_too": True}},
+        before={"w8a8": [quantized("w8a8")], "w4a16": [quantized("w4a16")]},
+    ),
     "svdquant": Reach(
         configs={"rank 2": {"rank": 2}},
         before={scheme: [quantized(scheme)] for scheme in ("w4a16", "w8a8")},

@@ -246,6 +246,24 @@ class GptqConfig(ModeConfig):
     )
 
 
+class HadamardConfig(ModeConfig):
+    """Config of mode ``hadamard``."""
+
+    size: int | None = Field(
+        default=None,
+        ge=2,
+        description="Features that are rotated together; the size of a group if left out, or else "
+        "the largest power of two up to 128 that divides the features.",
+    )
+    weights_too: bool = Field(
+        default=False, description="Rotate layers too whose inputs are not quantized."
+    )
+    targets: tuple[str, ...] | None = Field(
+        default=None, description="Patterns of the layers to rotate; all if left out."
+    )
+    ignore: tuple[str, ...] = Field(default=(), description="Patterns of layers to leave alone.")
+
+
 class SvdquantConfig(ModeConfig):
     """Config of mode ``svdquant``."""
 

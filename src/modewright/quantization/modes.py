@@ -18,6 +18,7 @@ from modewright.quantization.config import (
     EntropyConfig,
     ExportQuantizeConfig,
     GptqConfig,
+    HadamardConfig,
     HqqConfig,
     LearnedRoundingConfig,
     LsqConfig,
@@ -186,6 +187,15 @@ class AwqMode(CalibratingMode[AwqConfig]):
     name = "awq"
     config_class = AwqConfig
     home = "smoothing:awq"
+
+
+class HadamardMode(CalibratingMode[HadamardConfig]):
+    """Rotate the inputs of layers in blocks when they run, so that outliers spread out."""
+
+    name = "hadamard"
+    config_class = HadamardConfig
+    home = "hadamard:convert"
+    uses_calibration = False
 
 
 class SvdquantMode(CalibratingMode[SvdquantConfig]):

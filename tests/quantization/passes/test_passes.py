@@ -315,3 +315,40 @@ def test_corrected_biases_leave_no_mean_error() -> None:
 
     assert after < 1e-5 < before
     assert {item["module"] for item in metadata(model)["skipped"]} == {"3"}
+
+
+@pytest.mark.parametrize("size", [None, 4, 16])
+def test_rotated_inputs_leave_the_unquantized_function_as_it_was(
+    original: nn.Module, size: int | None
+) -> None:
+    model = quantized(original, "mxfp4", ("hadamard", {"size": size}))
+    sizes = {layer.hadamard_size for layer in quantized_layers(model).values()}
+
+    assert sizes == {size or 32}
+    with as_original(model):
+        assert error(model, original, HELD_OUT) < 1e-9
+
+
+def test_rotation_spreads_outliers_of_inputs() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 64, bias=False))
+    inputs = torch.randn(256, 64)
+    inputs[:, 7] *= 60
+    wanted = layer(inputs).detach()
+    errors = {}
+    for rotated in (False, True):
+        model = copy.deepcopy(layer)
+        modewright.apply_mode(model, ("quantize", {"scheme": "w8a8"}))
+        if rotated:
+            modewright.apply_mode(model, "hadamard")
+        errors[rotated] = float((model(inputs).detach() - wanted).norm())
+
+    assert errors[True] < 0.6 * errors[False]
+
+
+def test_layers_without_quantized_inputs_are_not_rotated_unless_asked(original: nn.Module) -> None:
+    left = metadata(quantized(original, "w4a16", "hadamard"))["skipped"]
+    model = quantized(original, "w4a16", ("hadamard", {"weights_too": True}))
+
+    assert len(left) == 14
+    assert len(metadata(model)["solved"]) == 14

@@ -71,7 +71,7 @@ def finish(model: nn.Module, blocks: Mapping[str, Metadata]) -> Metadata:
     layers: Metadata = {}
     for block, found in blocks.items():
         for name, entry in found.items():
-            layers[f"{block}.{name}" if block else name] = entry
+            layers[f"{block}.{name}".strip(".")] = entry  # a whole block, or model, has no name
     skipped = [
         {"module": name, "reason": entry.pop("skipped")}
         for name, entry in layers.items()
