@@ -183,7 +183,12 @@ def layer_groups(block: Block) -> list[LayerGroup]:
 
 
 def input_rows(
-    block: Block, group: LayerGroup, *, original: bool = False, quantized: bool = True
+    block: Block,
+    group: LayerGroup,
+    *,
+    original: bool = False,
+    quantized: bool = True,
+    every: int = 1,
 ) -> Iterator[torch.Tensor | None]:
     """Yield for every call the rows ``[n, in]`` that the weights of a group multiply, float32.
 
@@ -192,6 +197,7 @@ def input_rows(
         group: Layers with one input.
         original: Take the inputs that the original network has; otherwise those of the quantized
             network.
+        every: Take only every so many calls.
         quantized: Pass the inputs of the quantized network through the layer's input quantizer.
 
     Yields:
@@ -202,7 +208,7 @@ def input_rows(
     calls = block.original_calls if original else block.calls
     context = as_original(block.module) if original else nullcontext()
     with context:
-        for call in calls:
+        for call in calls[::every]:
             yield _rows(block, call, layer, quantized)
 
 

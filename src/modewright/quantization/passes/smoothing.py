@@ -26,6 +26,7 @@ from modewright.quantization.passes.weights import WeightGrid
 Metadata = dict[str, Any]
 Candidates = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 _ROWS = 1024  # inputs that candidates are compared on
+_CALLS = 16  # from which they are taken
 ITSELF = "the layers themselves"
 TAKES_NONE = "its input cannot be scaled"
 
@@ -133,10 +134,11 @@ def _smooth(
 
 
 def _sample(block: Block, group: LayerGroup) -> torch.Tensor | None:
-    """Return inputs of a group before they are quantized, spread over all calls, ``[n, in]``."""
-    each = max(1, _ROWS // max(1, len(block.calls)))
+    """Return inputs of a group before they are quantized, from some of the calls, ``[n, in]``."""
+    every = max(1, len(block.calls) // _CALLS)
+    each = max(1, _ROWS // max(1, len(block.calls[::every])))
     found = []
-    for rows in input_rows(block, group, quantized=False):
+    for rows in input_rows(block, group, quantized=False, every=every):
         if rows is not None and len(rows):
             rows = rows * row_weights(rows, limit=4.0)
             step = max(1, len(rows) // each)
