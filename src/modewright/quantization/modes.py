@@ -128,7 +128,7 @@ class CalibratingMode(ModeDescriptor[C]):
 
     def restore(self, model: nn.Module, config: C, metadata: Metadata) -> nn.Module:
         """Make room for the recorded scales, codes and transforms."""
-        from modewright.quantization.passes.common import restore_buffers
+        from modewright.quantization.passes.records import restore_buffers
 
         return restore_buffers(model, metadata)
 

@@ -13,7 +13,7 @@ from modewright.quantization.algorithms.bias_correction import bias_shift
 from modewright.quantization.blockwise import LayerGroup, OnBlock, input_rows, layer_groups, walk
 from modewright.quantization.config import BiasCorrectionConfig
 from modewright.quantization.layers import QuantizedLayer
-from modewright.quantization.passes.common import NO_TOKENS, finish
+from modewright.quantization.passes.records import NO_TOKENS, finish
 
 Metadata = dict[str, Any]
 NO_BIAS = "it has no bias to correct"

@@ -14,7 +14,7 @@ from modewright.quantization.algorithms.gptq import corrected_target, gptq, outp
 from modewright.quantization.blockwise import LayerGroup, OnBlock, input_rows, layer_groups, walk
 from modewright.quantization.config import GptqConfig
 from modewright.quantization.layers import QuantizedLayer
-from modewright.quantization.passes.common import finish, require_tokens, row_weights
+from modewright.quantization.passes.records import finish, require_tokens, row_weights
 from modewright.quantization.passes.weights import WeightGrid
 
 Metadata = dict[str, Any]

@@ -19,7 +19,7 @@ from modewright.quantization.blockwise import OnBlock
 from modewright.quantization.config import HadamardConfig
 from modewright.quantization.convert import quantized_layers
 from modewright.quantization.layers import QuantizedLayer
-from modewright.quantization.passes.common import finish, set_max_scale
+from modewright.quantization.passes.records import finish, set_max_scale
 
 Metadata = dict[str, Any]
 NO_INPUT_QUANTIZER = "its input is not quantized; weights_too: true rotates it all the same"

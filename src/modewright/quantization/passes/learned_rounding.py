@@ -16,7 +16,7 @@ from modewright.quantization.algorithms.learned_rounding import LearnedWeight, S
 from modewright.quantization.blockwise import OnBlock, walk
 from modewright.quantization.config import LearnedRoundingConfig
 from modewright.quantization.convert import quantized_layers
-from modewright.quantization.passes.common import finish
+from modewright.quantization.passes.records import finish
 from modewright.quantization.precision import automatic_precision, usable_precision
 from modewright.quantization.quantizer import Quantizer
 

@@ -22,8 +22,8 @@ from modewright.errors import DataError
 from modewright.quantization.blockwise import OnBlock, as_original
 from modewright.quantization.config import LsqConfig
 from modewright.quantization.convert import quantized_layers
-from modewright.quantization.passes.common import finish
 from modewright.quantization.passes.learned_rounding import batches_of, frozen
+from modewright.quantization.passes.records import finish
 from modewright.quantization.precision import automatic_precision, usable_precision
 from modewright.quantization.quantizer import Quantizer
 

@@ -35,7 +35,7 @@ from modewright.quantization.config import (
 )
 from modewright.quantization.convert import quantized_layers, quantizers
 from modewright.quantization.layers import QuantizedLayer
-from modewright.quantization.passes.common import buffers_of, row_weights, set_max_scale
+from modewright.quantization.passes.records import buffers_of, row_weights, set_max_scale
 from modewright.quantization.precision import automatic_precision
 from modewright.quantization.quantizer import Quantizer
 

@@ -20,7 +20,7 @@ from modewright.quantization.config import AwqConfig, SmoothquantConfig
 from modewright.quantization.convert import quantized_layers
 from modewright.quantization.folding import Fold, divide, find_fold
 from modewright.quantization.layers import QuantizedLayer
-from modewright.quantization.passes.common import finish, row_weights, set_max_scale
+from modewright.quantization.passes.records import finish, row_weights, set_max_scale
 from modewright.quantization.passes.weights import WeightGrid
 
 Metadata = dict[str, Any]
