@@ -14,6 +14,10 @@ ENTRY_POINT_GROUP = "modewright.modes"
 _QUANTIZATION = "modewright.quantization.modes"
 
 BUILTIN_MODES: dict[str, ModeRow] = {
+    "rotate": ModeRow(
+        f"{_QUANTIZATION}:RotateMode",
+        "Rotate the residual stream of a transformer, so that no channel stands out.",
+    ),
     "quantize": ModeRow(
         f"{_QUANTIZATION}:QuantizeMode",
         "Put quantizers on the layers that rules pick: low precision, simulated.",

@@ -23,7 +23,7 @@ from modewright.modes.config import ModeConfig
 from modewright.modes.contract import check_mode
 from modewright.modes.registry import ModeRegistry
 from support.example_modes import example_registry, make_mode
-from support.models import CNN, FAMILIES, LM, MLP, Family
+from support.models import CNN, FAMILIES, LM, MLP, STREAM, Family
 
 CALIBRATION = "the family's batches"
 SEARCHED = ("w4a16_asym", "w8a8_static", "nvfp4", "mxfp4")
@@ -37,6 +37,7 @@ class Reach:
     configs: dict[str, Any] = field(default_factory=lambda: {"defaults": None})
     before: dict[str, list[Any]] = field(default_factory=lambda: {"nothing": []})
     calibrated: bool = False
+    families: tuple[Family, ...] = FAMILIES
 
 
 def quantized(scheme: str, **more: Any) -> tuple[str, dict[str, Any]]:
@@ -54,6 +55,11 @@ UNSIGNED = {
     ]
 }
 REACH: dict[str, Reach] = {
+    "rotate": Reach(
+        configs={"defaults": None, "random": {"rotation": "orthogonal", "seed": 3}},
+        calibrated=True,
+        families=(STREAM,),
+    ),
     "quantize": Reach(
         configs={
             **{scheme: {"scheme": scheme} for scheme in SCHEMES},
@@ -140,7 +146,7 @@ REACH: dict[str, Reach] = {
 def rows() -> list[Any]:
     found = []
     for mode, reach in REACH.items():
-        for family in FAMILIES:
+        for family in reach.families:
             for config in reach.configs:
                 for before in reach.before:
                     case = f"{mode}-{family.name}-{config}-after {before}"

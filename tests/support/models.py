@@ -78,6 +78,41 @@ class TinyLm(nn.Module):
         return self.head(self.block(self.embed(ids)))
 
 
+class GatedBlock(nn.Module):
+    """A norm without a mean, and a gated feed-forward layer, as language models have them."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(features)
+        self.gate = nn.Linear(features, hidden)
+        self.up = nn.Linear(features, hidden, bias=False)
+        self.down = nn.Linear(hidden, features)
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        read = self.norm(x)
+        return x + self.down(F.silu(self.gate(read)) * self.up(read))
+
+
+class StreamLm(nn.Module):
+    """A language model that reads its residual stream through norms; embedding and head tied."""
+
+    def __init__(self, vocabulary: int = 20, features: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, features)
+        self.blocks = nn.ModuleList([GatedBlock(features, 12) for _ in range(2)])
+        self.norm = nn.RMSNorm(features)
+        self.head = nn.Linear(features, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
 class Recurrent(nn.Module):
     """A bidirectional LSTM of two layers, a GRU, a plain recurrent layer, a cell, and a head."""
 
@@ -188,6 +223,7 @@ def _floats(*shape: int) -> torch.Tensor:
 MLP = Family("mlp", Mlp, _floats(3, 8))
 CNN = Family("cnn", Convolutions, _floats(2, 2, 8))
 LM = Family("tied_lm", TinyLm, torch.arange(12).reshape(2, 6))
+STREAM = Family("stream_lm", StreamLm, torch.arange(12).reshape(2, 6))
 RNN = Family("recurrent", Recurrent, _floats(2, 4, 6))
 MHA = Family("attention", Attending, _floats(2, 4, 8))
 MOE = Family("experts", Mixture, _floats(6, 8))

@@ -246,6 +246,16 @@ class GptqConfig(ModeConfig):
     )
 
 
+class RotateConfig(ModeConfig):
+    """Config of mode ``rotate``."""
+
+    rotation: Literal["hadamard", "orthogonal"] = Field(
+        default="hadamard",
+        description="A Hadamard matrix with random signs, or a random orthogonal matrix.",
+    )
+    seed: int = Field(default=0, description="Of the rotation.")
+
+
 class HadamardConfig(ModeConfig):
     """Config of mode ``hadamard``."""
 
@@ -328,6 +338,12 @@ class LsqConfig(ModeConfig):
     )
     rate: float = Field(
         default=1e-3, gt=0, description="Learning rate of scales, relative to each scale."
+    )
+    rounding_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Learning rate of rounding offsets and zero points, in steps. Left out: codes "
+        "stay as they are, and only float32 scales are learned.",
     )
     loss: Literal["auto", "kl", "mse"] = Field(
         default="auto",

@@ -26,6 +26,7 @@ from modewright.quantization.config import (
     MseConfig,
     PercentileConfig,
     QuantizeConfig,
+    RotateConfig,
     SmoothquantConfig,
     SvdquantConfig,
 )
@@ -36,6 +37,46 @@ if TYPE_CHECKING:
     from torch import nn
 
     from modewright.calibration.forward import OnBatch
+
+
+class RotateMode(ModeDescriptor[RotateConfig]):
+    """Rotate the residual stream of a transformer, so that no channel stands out."""
+
+    name = "rotate"
+    technique = "quantization"
+    config_class = RotateConfig
+    forbids = frozenset({Trait.FAKE_QUANTIZED, Trait.PACKED})
+    uses_calibration = True
+    writes_in_place = False
+
+    def convert(
+        self,
+        model: nn.Module,
+        config: RotateConfig,
+        *,
+        calibration: object = None,
+        on_batch: OnBatch | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> tuple[nn.Module, Metadata]:
+        """Rotate; the metadata lists what reads and writes the stream, and what was untied.
+
+        Args:
+            model: The model.
+            config: The config.
+            calibration: Batches, or a function that runs the model: the first batch shows whether
+                the model computes what it did.
+            on_batch: Called when it is done.
+            checkpoint: Not needed; accepted so that one ``mode_kwargs`` fits all.
+        """
+        from modewright.quantization.passes import rotate
+
+        return rotate.convert(model, config, calibration=calibration, on_batch=on_batch)
+
+    def restore(self, model: nn.Module, config: RotateConfig, metadata: Metadata) -> nn.Module:
+        """Untie what was untied."""
+        from modewright.quantization.passes import rotate
+
+        return rotate.restore(model, metadata)
 
 
 class QuantizeMode(ModeDescriptor[QuantizeConfig]):
