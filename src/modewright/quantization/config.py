@@ -339,12 +339,6 @@ class LsqConfig(ModeConfig):
     rate: float = Field(
         default=1e-3, gt=0, description="Learning rate of scales, relative to each scale."
     )
-    rounding_rate: float | None = Field(
-        default=None,
-        gt=0,
-        description="Learning rate of rounding offsets and zero points, in steps. Left out: codes "
-        "stay as they are, and only float32 scales are learned.",
-    )
     loss: Literal["auto", "kl", "mse"] = Field(
         default="auto",
         description="How far outputs are from the original model's: the divergence of predictions, "

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mode ``lsq``: learn all scales together from the predictions of the original network.
 
-The scales of all weights are moved by gradient descent until the quantized network's outputs are as
-close as they come to those of the network that its weights still hold (Esser et al. 2019, *LSQ*,
-for learned step sizes; Chen et al. 2024, *EfficientQAT*, for learning nothing but them at the end).
-So blocks that were each optimized alone come to fit together. Codes stay as they are, unless a rate
-is given for them: then weights may also cross rounding boundaries, as in ``learned_rounding``, and
-zero points and scales of every format are learned too.
+Codes stay as they are; the scales of all weights are moved by gradient descent until the quantized
+network's outputs are as close as they come to those of the network that its weights still hold
+(Esser et al. 2019, *LSQ*, for learned step sizes; Chen et al. 2024, *EfficientQAT*, for learning
+nothing but them at the end). So blocks that were each optimized alone come to fit together.
 """
 
 from __future__ import annotations
@@ -24,12 +22,7 @@ from modewright.errors import DataError
 from modewright.quantization.blockwise import OnBlock, as_original
 from modewright.quantization.config import LsqConfig
 from modewright.quantization.convert import quantized_layers
-from modewright.quantization.passes.learned_rounding import (
-    batches_of,
-    frozen,
-    keep,
-    learned_weight,
-)
+from modewright.quantization.passes.learned_rounding import batches_of, frozen
 from modewright.quantization.passes.records import finish
 from modewright.quantization.precision import automatic_precision, usable_precision
 from modewright.quantization.quantizer import Quantizer
@@ -39,7 +32,11 @@ _PROBE = 8  # the last batches: they are only measured on, unless there are few
 
 
 class _LearnedScale:
-    """A weight with fixed codes, whose scales are parameters."""
+    """A weight with fixed codes, whose scales are parameters.
+
+    Attributes:
+        factor: ``[rows, groups]``, what the scale is multiplied with.
+    """
 
     def __init__(self, quantizer: Quantizer, weight: torch.Tensor) -> None:
         if quantizer.scale is None:
@@ -55,13 +52,6 @@ class _LearnedScale:
         self._grouping, self._shape = quantizer.grouping, weight.shape
         self.factor = torch.ones_like(self._scale).requires_grad_(True)
 
-    def rates(self, config: LsqConfig) -> list[tuple[torch.Tensor, float]]:
-        """Return the factors ``[rows, groups]`` on the scales, and their learning rate."""
-        return [(self.factor, config.rate)]
-
-    def clamp(self) -> None:
-        """Let factors be what they are."""
-
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         values = self._steps * (self._scale * self.factor).unsqueeze(-1)
         return self._grouping.join(values, self._shape).to(tensor.dtype)
@@ -74,34 +64,6 @@ class _LearnedScale:
         quantizer.codes = codes
 
 
-class _LearnedCodes:
-    """A weight whose scales, zero points and rounding offsets are parameters."""
-
-    def __init__(self, quantizer: Quantizer, weight: torch.Tensor) -> None:
-        self._weight = learned_weight(quantizer, weight)
-        self._grouping, self._shape = quantizer.grouping, weight.shape
-
-    def rates(self, config: LsqConfig) -> list[tuple[torch.Tensor, float]]:
-        """Return the parameters and their learning rates."""
-        weight, rounding = self._weight, config.rounding_rate or 0.0
-        rates = [(weight.offset, rounding), (weight.factor, config.rate)]
-        return rates if weight.shift is None else [*rates, (weight.shift, rounding)]
-
-    def clamp(self) -> None:
-        """Put parameters back into their range."""
-        self._weight.clamp()
-
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._grouping.join(self._weight.values(), self._shape).to(tensor.dtype)
-
-    def keep(self, quantizer: Quantizer) -> None:
-        """Write scales and codes into a quantizer."""
-        keep(quantizer, self._weight, self._shape)
-
-
-_Learned = _LearnedScale | _LearnedCodes
-
-
 def convert(
     model: nn.Module,
     config: LsqConfig,
@@ -111,19 +73,15 @@ def convert(
 ) -> tuple[nn.Module, Metadata]:
     """Learn the scales of all weight quantizers whose scales are float32 numbers.
 
-    With ``rounding_rate``: the scales of all formats, and the codes.
-
     Raises:
         DataError: There is no calibration data, or none that can be gone through more than once.
     """
     batches = _batches(calibration)
-    codes_too = config.rounding_rate is not None
-    kind = _LearnedCodes if codes_too else _LearnedScale
-    learned: dict[Quantizer, _Learned] = {
-        quantizer: kind(quantizer, layer.to_quantize(parameter).detach())
+    learned = {
+        quantizer: _LearnedScale(quantizer, layer.to_quantize(parameter).detach())
         for layer in quantized_layers(model).values()
         for parameter, quantizer in layer.quantized_parameters().items()
-        if not quantizer.config.dynamic and (codes_too or quantizer.config.scale_format == "fp32")
+        if quantizer.config.scale_format == "fp32" and not quantizer.config.dynamic
     }
     if not learned:
         return model, {**finish(model, {}), "loss": []}
@@ -132,14 +90,14 @@ def convert(
         precision = usable_precision(lambda: run_batch(model, batches[0]), device, config.precision)
         config = config.model_copy(update={"precision": precision})
         history = _learn(model, list(learned.values()), batches, config, on_batch)
-    for quantizer, weight in learned.items():
-        weight.keep(quantizer)
+    for quantizer, scale in learned.items():
+        scale.keep(quantizer)
     return model, {**finish(model, {}), "loss": history}
 
 
 def _learn(
     model: nn.Module,
-    learned: Sequence[_Learned],
+    learned: Sequence[_LearnedScale],
     batches: Sequence[object],
     config: LsqConfig,
     on_batch: OnBlock | None,
@@ -147,17 +105,14 @@ def _learn(
     """Learn; return the loss on the probe before, and after every epoch. The best one stays."""
     held = min(_PROBE, len(batches) // 4)
     probe, training = (batches[-held:], batches[:-held]) if held else (batches, batches)
-    rates = [pair for weight in learned for pair in weight.rates(config)]
-    parameters = [parameter for parameter, _ in rates]
-    adam = torch.optim.Adam(
-        [{"params": [parameter], "lr": rate} for parameter, rate in rates], betas=(0.9, 0.95)
-    )
+    factors = [scale.factor for scale in learned]
+    adam = torch.optim.Adam(factors, lr=config.rate, betas=(0.9, 0.95))
     together = config.batch_size or batches_of(sum(map(_size, training)), len(training))
     steps_each = -(-len(training) // together)
     total = steps_each * config.epochs
     adjust = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: max(1 - step / total, 0.01))
     generator = torch.Generator().manual_seed(config.seed)
-    best = [p.detach().clone() for p in parameters]
+    best = [f.detach().clone() for f in factors]
     history = [_probe(model, probe, config)]
     done = 0
     for _ in range(config.epochs):
@@ -170,17 +125,15 @@ def _learn(
             adam.step()
             adam.zero_grad()
             adjust.step()
-            for weight in learned:
-                weight.clamp()
             done += 1
             if on_batch is not None:
                 on_batch(done, total)
         history.append(_probe(model, probe, config))
         if history[-1] == min(history):
-            best = [p.detach().clone() for p in parameters]
+            best = [f.detach().clone() for f in factors]
     with torch.no_grad():
-        for parameter, value in zip(parameters, best, strict=True):
-            parameter.copy_(value)
+        for factor, value in zip(factors, best, strict=True):
+            factor.copy_(value)
     return history
 
 
@@ -240,7 +193,7 @@ def _batches(calibration: object) -> Sequence[object]:
 
 
 @contextmanager
-def _substituted(learned: dict[Quantizer, _Learned]) -> Iterator[None]:
+def _substituted(learned: dict[Quantizer, _LearnedScale]) -> Iterator[None]:
     substitutes: dict[Quantizer, Callable[[torch.Tensor], torch.Tensor]] = {**learned}
     try:
         for quantizer, substitute in substitutes.items():
