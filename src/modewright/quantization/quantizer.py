@@ -26,13 +26,19 @@ from modewright.formats.affine import dequantize, fake_quantize, quantize
 from modewright.formats.catalogue import decode, encode, format_named
 from modewright.formats.floating import FP8_E4M3, round_float
 from modewright.formats.grouping import Grouping
-from modewright.formats.scaling import global_scale_of, scale_from_range
+from modewright.formats.scaling import (
+    four_over_six,
+    global_scale_of,
+    power_of_less_error,
+    scale_from_range,
+)
 from modewright.quantization.algorithms.max import max_scale
 from modewright.quantization.representation import QuantizerConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_FOUR_OVER_SIX = 256.0  # the largest fp8 number of which 3/2 is one too
 BUFFERS = ("scale", "zero_point", "global_scale", "codes")
 
 
@@ -98,9 +104,23 @@ class Quantizer(nn.Module):
 
     def fresh_groups(self, grouped: torch.Tensor) -> torch.Tensor:
         """Do what :meth:`fresh` does to a grouped tensor."""
-        level = self.level_of(grouped)
-        scale, zero_point = max_scale(grouped, self.format, self.config.scale_format, level)
+        scale, zero_point = self.own_scale(grouped, self.level_of(grouped))
         return fake_quantize(grouped, scale, zero_point, self.format)
+
+    def own_scale(
+        self, grouped: torch.Tensor, level: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return effective scale and zero point by the rule of the config, ``[rows, groups]``.
+
+        Args:
+            grouped: What :attr:`grouping` makes of the tensor.
+            level: The scale of the whole tensor, see :meth:`level_of`.
+        """
+        if self.config.scale_rule == "max":
+            return max_scale(grouped, self.format, self.config.scale_format, level)
+        if level is None:
+            return power_of_less_error(grouped, self.format), None
+        return four_over_six(grouped, level), None
 
     @property
     def effective_scale(self) -> torch.Tensor | None:
@@ -139,8 +159,7 @@ class Quantizer(nn.Module):
             DataError: The tensor has values that are not finite.
         """
         level = self.level_of(tensor)
-        grouped = self.grouping.split(tensor)
-        scale, zero_point = max_scale(grouped, self.format, self.config.scale_format, level)
+        scale, zero_point = self.own_scale(self.grouping.split(tensor), level)
         self.set_scale(scale, zero_point, level)
 
     def set_from_range(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
@@ -238,12 +257,15 @@ class Quantizer(nn.Module):
 
     def level_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the scale of a whole tensor, scalar; ``None`` if the scale format has none."""
+        return self.fresh_level(tensor) if self.global_scale is None else self.global_scale
+
+    def fresh_level(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return what :meth:`level_of` returns before calibration."""
         if self.config.scale_format != "e4m3":
             return None
-        if self.global_scale is not None:
-            return self.global_scale
         amax = tensor.detach().abs().amax() if tensor.numel() else tensor.new_ones(())
-        return global_scale_of(amax, self.format)
+        largest = _FOUR_OVER_SIX if self.config.scale_rule == "least_error" else FP8_E4M3.max_value
+        return global_scale_of(amax, self.format, largest)
 
 
 @contextmanager
