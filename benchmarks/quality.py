@@ -43,18 +43,27 @@ ROWS = [
     "w4a16_g64_asym int4-best --minilm",
     "w3a16_g64_asym int3-best --minilm",
     "w8a8 int8-best --minilm",
+    # calibrated on text that the model wrote itself
+    "w4a16_g64_asym int4@self",
+    "w3a16_g64_asym int3@self",
 ]
 
 
 def optimize(task: Any, model: Any) -> Any:
     """Apply the steps of a recipe to a model, with the workspace's calibration data."""
     import modewright
+    from modewright.calibration.self_text import generate_windows
     from modewright.recipes.loader import load_recipe
 
-    recipe = load_recipe(task.algorithm)
-    if not task.minilm and recipe.calibration is not None:
+    name, _, source = task.algorithm.partition("@")
+    recipe = load_recipe(name)
+    if not task.minilm:
         task.windows = min(task.windows, recipe.calibration.windows)
     batches = task.calibration()
+    if source == "self":
+        length = batches[0]["input_ids"].shape[1]
+        written = generate_windows(model, count=len(batches), length=length, seed=0)
+        batches = [{"input_ids": row} for row in written.split(1)]
     for step in recipe.steps:
         if step.mode == "export_quantize":
             continue

@@ -31,6 +31,8 @@ ENVIRONMENTS = {
     "hqq": ["hqq==0.2.8.post1", "transformers==5.23.0"],
     "modelopt": ["nvidia-modelopt[hf]==0.47.0", "transformers==5.14.1"],
     "torchao": ["torchao==0.18.0", "transformers==5.23.0"],
+    "quanto": ["optimum-quanto==0.2.7", "transformers==5.17.0"],
+    "gptqmodel": ["--no-build-isolation", "gptqmodel==7.6.0"],
 }
 
 ROWS = [
@@ -53,6 +55,9 @@ ROWS = [
     "modelopt fp8 max --kl",
     "modelopt w8a16 max --kl",
     "torchao w8a8 rtn --kl",
+    "quanto w4a16 rtn --kl",
+    "quanto fp8 rtn --kl",
+    "gptqmodel w4a16_g64_asym gptq --kl",
     "llmcompressor w4a16_g64 gptq --minilm",
     "llmcompressor w3a16_g64 gptq --minilm",
     "llmcompressor w8a8 rtn --minilm",
@@ -72,7 +77,12 @@ def environment(name: str, folder: Path) -> Path:
     if not python.exists():
         venv.create(folder / name, with_pip=True)
         install = [str(python), "-m", "pip", "install"]
-        subprocess.run([*install, TORCH, *ENVIRONMENTS[name]], check=True)
+        subprocess.run([*install, TORCH, "setuptools", "wheel"], check=True)
+        subprocess.run(
+            [*install, TORCH, *ENVIRONMENTS[name]],
+            check=True,
+            env={**os.environ, "BUILD_CUDA_EXT": "0"},
+        )
         subprocess.run([*install, "--no-deps", MINILM], check=True)
     return python
 
