@@ -84,6 +84,30 @@ def scale_from_range(
     return scale, zero_point
 
 
+def max_scale(
+    grouped: torch.Tensor,
+    fmt: NumberFormat,
+    scale_format: ScaleFormat = "fp32",
+    global_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return scale and zero point of every group of a tensor.
+
+    Args:
+        grouped: ``[rows, groups, group]``, any float dtype.
+        fmt: The format of the codes.
+        scale_format: What scales are rounded to.
+        global_scale: The tensor's scale, scalar; only for the scale format ``"e4m3"``.
+
+    Returns:
+        ``scale`` and ``zero_point`` (``None`` if the format is signed), ``[rows, groups]`` float32.
+    """
+    if not grouped.numel():
+        ones = torch.ones(grouped.shape[:2], device=grouped.device)
+        return ones, None if fmt.signed else torch.zeros_like(ones)
+    minimum, maximum = torch.aminmax(grouped.detach(), dim=-1)
+    return scale_from_range(minimum, maximum, fmt, scale_format, global_scale)
+
+
 def round_scale(
     scale: torch.Tensor, scale_format: ScaleFormat, global_scale: torch.Tensor | None = None
 ) -> torch.Tensor:

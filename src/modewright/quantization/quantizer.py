@@ -26,8 +26,7 @@ from modewright.formats.affine import dequantize, fake_quantize, quantize
 from modewright.formats.catalogue import decode, encode, format_named
 from modewright.formats.floating import FP8_E4M3, round_float
 from modewright.formats.grouping import Grouping
-from modewright.formats.scaling import global_scale_of, scale_from_range
-from modewright.quantization.algorithms.max import max_scale
+from modewright.formats.scaling import global_scale_of, max_scale, scale_from_range
 from modewright.quantization.representation import QuantizerConfig
 
 if TYPE_CHECKING:

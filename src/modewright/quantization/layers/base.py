@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from modewright.quantization.algorithms.hadamard import rotate_last
+from modewright.formats.hadamard import rotate_last
 from modewright.quantization.quantizer import Quantizer
 from modewright.quantization.representation import QuantizerConfig, SchemeConfig
 

@@ -7,8 +7,7 @@ import torch
 
 from modewright.errors import ConfigError
 from modewright.formats.affine import quantize
-from modewright.formats.scaling import global_scale_of
-from modewright.quantization.algorithms.max import max_scale
+from modewright.formats.scaling import global_scale_of, max_scale
 from modewright.quantization.algorithms.mse import mse_scale
 from modewright.quantization.layers import QuantizedLayer
 
