@@ -30,7 +30,7 @@ from modewright.quantization.layers.linear import (
     TransposedLinearForward,
 )
 from modewright.quantization.layers.recurrent import RecurrentForward
-from modewright.quantization.quantizer import Quantizer
+from modewright.quantization.quantizer import BUFFERS, Quantizer
 from modewright.runtime.activations import ActivationSpec
 from modewright.runtime.layers import (
     LayerRecord,
@@ -72,32 +72,59 @@ def compress(model: nn.Module, config: CompressConfig) -> tuple[nn.Module, Metad
     """
     skipped: dict[str, str] = {}
     packed: dict[str, LayerRecord] = {}
-    holders: dict[tuple[int, int], tuple[str, str, PackedWeight]] = {}
-    shared: dict[str, list[str]] = {}
+    once = _PackedOnce(config.scale_dtype)
     for path, layer in quantized_layers(model).items():
         reason = _why_not(model, path, layer)
-        if reason is not None:
+        if reason is None:
+            names = list(layer.quantized_parameters())
+            packed[path] = _pack_layer(layer, {n: once.weight(path, layer, n) for n in names})
+        else:
             skipped[path] = reason
-            continue
-        weights: dict[str, PackedWeight] = {}
-        for name, quantizer in layer.quantized_parameters().items():
-            key = (id(layer.own_parameter(name)), id(quantizer))
-            if key not in holders:
-                weight = pack_parameter(layer, name, config.scale_dtype, where=path)
-                holders[key] = (path, name, weight)
-            else:
-                shared[f"{path}:{name}"] = list(holders[key][:2])
-            weights[name] = holders[key][2]
-        packed[path] = _pack_layer(layer, weights)
     if not packed:
         reasons = "".join(f"\n  {path or 'the model'}: {why}" for path, why in skipped.items())
         raise ConfigError(f"mode 'compress' would pack nothing:{reasons}")
     metadata = {
         "layers": {path: record.as_dict() for path, record in packed.items()},
-        "shared": shared,
+        "shared": once.shared,
         "skipped": [{"module": path, "reason": why} for path, why in skipped.items()],
     }
     return model, metadata
+
+
+class _PackedOnce:
+    """Packs parameters; one that several layers share, in the same way, once.
+
+    Attributes:
+        shared: ``path:name`` of a parameter, and path and name of the one that it shares with.
+    """
+
+    def __init__(self, scale_dtype: str) -> None:
+        self._scale_dtype = scale_dtype
+        self._holders: dict[int, list[tuple[str, str, Quantizer, PackedWeight]]] = {}
+        self.shared: dict[str, list[str]] = {}
+
+    def weight(self, path: str, layer: QuantizedLayer, name: str) -> PackedWeight:
+        """Return one parameter, packed."""
+        quantizer = layer.quantized_parameters()[name]
+        own = layer.own_parameter(name)
+        alone = name == "weight" and layer.low_rank_up is not None  # less its own branch
+        holders = [] if alone else self._holders.setdefault(id(own), [])
+        for other_path, other_name, other, weight in holders:
+            if _gives_the_same(quantizer, other):
+                self.shared[f"{path}:{name}"] = [other_path, other_name]
+                return weight
+        weight = pack_parameter(layer, name, self._scale_dtype, where=path)
+        holders.append((path, name, quantizer, weight))
+        return weight
+
+
+def _gives_the_same(quantizer: Quantizer, other: Quantizer) -> bool:
+    """Whether two quantizers give one tensor the same codes and scales."""
+    pairs = [(getattr(quantizer, name), getattr(other, name)) for name in BUFFERS]
+    return quantizer.config == other.config and all(
+        one is two or (one is not None and two is not None and torch.equal(one, two))
+        for one, two in pairs
+    )
 
 
 def restore_compress(model: nn.Module, metadata: Metadata) -> nn.Module:

@@ -26,7 +26,7 @@ from modewright.quantization.representation import SchemeConfig
 
 NAME = "modewright_kv"
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
-_CACHES = ("past_key_values", "past_key_value")
+_CACHES = ("cache", "past_key_values", "past_key_value")  # the argument, newest name first
 
 
 class _Routed(str):
