@@ -15,6 +15,7 @@ import copy
 import importlib
 import importlib.util
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -34,6 +35,7 @@ from modewright.integrations.model_folder import (
     sha256_of,
     transformers_package,
 )
+from modewright.runtime.layers import PackedLayer
 
 ALIGNMENT = 64  # bytes; what torch's own CPU allocator guarantees
 _DEMO = "demo:smollm2"
@@ -336,9 +338,15 @@ def _fill_derived_buffers(model: Any) -> None:
 
 
 def _main_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype that most floating-point elements of a model have."""
+    """Return the dtype that most floating-point elements of a model have, packed ones as read."""
     count: Counter[torch.dtype] = Counter()
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point():
-            count[tensor.dtype] += tensor.numel()
+    for module in model.modules():
+        stored: set[str] = set()
+        if isinstance(module, PackedLayer):
+            stored = set(module.record.buffers())
+            sizes = (math.prod(p.shape) for p in module.record.parameters.values())
+            count[module.compute_dtype] += sum(sizes)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in stored and tensor.is_floating_point():
+                count[tensor.dtype] += tensor.numel()
     return max(count, key=lambda dtype: count[dtype]) if count else torch.float32
