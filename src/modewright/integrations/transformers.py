@@ -35,6 +35,7 @@ from modewright.integrations.model_folder import (
     sha256_of,
     transformers_package,
 )
+from modewright.modes.empty import parameters_on_meta
 from modewright.runtime.layers import PackedLayer
 
 ALIGNMENT = 64  # bytes; what torch's own CPU allocator guarantees
@@ -151,8 +152,9 @@ def build_from_config(folder: str | Path) -> nn.Module:
     """Build the architecture that a folder's ``config.json`` describes, without its weights.
 
     Buffers that no checkpoint stores (such as rotary frequencies) have their real values and tied
-    parameters are tied. Parameters and stored buffers are **uninitialised memory** in the dtype
-    that the config records: load a state dict before using the model.
+    parameters are tied. Parameters are on the **meta device** and take no memory, in the dtype that
+    the config records; stored buffers are uninitialised: load a state dict (``assign=True``)
+    before using the model.
 
     Returns:
         The model in evaluation mode.
@@ -167,7 +169,7 @@ def build_from_config(folder: str | Path) -> nn.Module:
     with _reading(f"The config in {str(folder)!r}", DataError):
         config = hf.AutoConfig.from_pretrained(folder, **_LOCAL)
         dtype = getattr(config, "dtype", None) or torch.float32
-        with _without_initialisation():
+        with _without_initialisation(), parameters_on_meta():
             model = hf.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=False
             )

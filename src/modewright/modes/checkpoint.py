@@ -8,8 +8,10 @@ before it touches the model, and puts the model back if something still does not
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from torch import nn
 from modewright.errors import ApplyModeError, CheckpointError
 from modewright.modes.apply import restore_records
 from modewright.modes.codec import join_tensors, split_tensors
+from modewright.modes.empty import has_lost_buffers, parameters_on_meta
 from modewright.modes.manifest import METADATA_PREFIX, Manifest, TensorEntry, migrate, tensor_digest
-from modewright.modes.model_like import all_modules, as_model, rewrapped, unwrap
+from modewright.modes.model_like import ModelLike, all_modules, as_model, rewrapped, unwrap
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.sequence import Position
 from modewright.modes.snapshot import Snapshot
@@ -101,7 +104,7 @@ def restore(
     values = any(record.descriptor.writes_in_place for record in state)
     with Snapshot(modules, values=values, enabled=bool(modules)):
         try:
-            restored = restore_records(root, state, atomic=False)
+            restored = _replayed(root, state)
         except ApplyModeError as error:
             raise CheckpointError(
                 f"{where} does not fit this model, which is as it was: mode {error.mode!r} could "
@@ -109,6 +112,23 @@ def restore(
             ) from error
         load_weights(restored, weights, manifest.aliases, where=str(where))
     return rewrapped(holder, restored)
+
+
+def _replayed(root: nn.Module | ModelLike, state: ModeState) -> nn.Module:
+    """Return the model with all modes restored; of a model-like, parameters without memory.
+
+    A class that needs the values of its parameters to be built gets them.
+    """
+    if isinstance(root, ModelLike):
+        try:
+            with parameters_on_meta():
+                empty = restore_records(root, state, atomic=False)
+        except (ApplyModeError, NotImplementedError, RuntimeError):
+            pass  # if it fails with real parameters too, that error is the one to show
+        else:
+            if not has_lost_buffers(empty):
+                return empty
+    return restore_records(root, state, atomic=False)
 
 
 def restore_from_mode_state(model: object, state: object, *, registry: ModeRegistry) -> nn.Module:
@@ -187,7 +207,7 @@ def load_weights(
     ties = _tied_parameters(model)
     loaded = {name: _on(expected[name], tensor) for name, tensor in weights.items()}
     for alias, name in aliases.items():
-        tied_here = expected[alias].data_ptr() == expected[name].data_ptr()
+        tied_here = _share_memory(expected[alias], expected[name])
         loaded[alias] = loaded[name] if tied_here else loaded[name].clone()
     try:
         model.load_state_dict(loaded, strict=True, assign=True)
@@ -254,13 +274,15 @@ def _savable(name: str, value: object) -> torch.Tensor:
 
 
 def _checked_tensors(where: Path, manifest: Manifest) -> Tensors:
-    """Read all tensors and compare their digests."""
+    """Read all tensors and compare their digests, which other threads compute meanwhile."""
     tensors: Tensors = {}
-    damaged = []
-    for name, tensor in read_tensors(where, manifest):
-        if tensor_digest(tensor) != manifest.tensors[name].sha256:
-            damaged.append(name)
-        tensors[name] = tensor
+    digests: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for name, tensor in read_tensors(where, manifest):
+            tensors[name] = tensor
+            digests[name] = pool.submit(tensor_digest, tensor)
+    entries = manifest.tensors
+    damaged = [n for n, digest in digests.items() if digest.result() != entries[n].sha256]
     if damaged:
         raise CheckpointError(
             f"{where} is damaged: the SHA-256 of {len(damaged)} of {len(tensors)} tensors does not "
@@ -306,6 +328,13 @@ def _tied_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 
 def _on(own: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if own.is_meta else tensor.to(own.device)
+
+
+def _share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors of a state dict are one; those on the meta device have no address."""
+    if one.is_meta:
+        return one.untyped_storage()._cdata == two.untyped_storage()._cdata
+    return one.data_ptr() == two.data_ptr()
 
 
 def _is_plain(state: ModeState) -> bool:
