@@ -200,6 +200,12 @@ def encode(tokenizer: Any) -> Callable[[str], list[int]]:
     return encode_text
 
 
+def warm_up() -> None:
+    """Import what loading a model imports."""
+    with _quiet():
+        importlib.import_module("transformers.models.llama.modeling_llama")
+
+
 def _locate(source: str | Path) -> Path:
     """Return the folder or GGUF file that ``source`` names."""
     accepted = f"a folder with a Hugging Face model, a .gguf file, or {_DEMO!r}"

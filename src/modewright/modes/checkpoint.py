@@ -333,7 +333,7 @@ def _on(own: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def _share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
     """Whether two tensors of a state dict are one; those on the meta device have no address."""
     if one.is_meta:
-        return one.untyped_storage()._cdata == two.untyped_storage()._cdata
+        return bool(one.untyped_storage()._cdata == two.untyped_storage()._cdata)
     return one.data_ptr() == two.data_ptr()
 
 

@@ -22,7 +22,7 @@ def parameters_on_meta() -> Iterator[None]:
 
     Initialisation then costs nothing, and parameters that are tied stay tied.
     """
-    handle = register_module_parameter_registration_hook(_emptied)
+    handle = register_module_parameter_registration_hook(_emptied)  # type: ignore[arg-type]
     try:
         yield
     finally:

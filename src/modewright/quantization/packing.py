@@ -133,19 +133,19 @@ def restore_compress(model: nn.Module, metadata: Metadata) -> nn.Module:
     Raises:
         CheckpointError: The record does not fit the model.
     """
-    made: dict[tuple[str, str], PackedWeight] = {}
+    made: dict[tuple[object, ...], PackedWeight] = {}
     for path, recorded in metadata["layers"].items():
         layer = layer_named(model, path)
         try:
             record = LayerRecord.from_dict(recorded)
+            device = next((p.device for p in layer.parameters()), None)
+            weights = {}
             for name, parameter in record.parameters.items():
-                other = metadata.get("shared", {}).get(f"{path}:{name}")
-                found = None if other is None else made.get((str(other[0]), str(other[1])))
-                if found is None or found.spec != parameter.spec:
-                    device = next((p.device for p in layer.parameters()), None)
-                    found = PackedWeight.allocate(parameter.spec, device)
-                made[path, name] = found
-            _restore_layer(layer, record, {n: made[path, n] for n in record.parameters})
+                key = tuple(metadata["shared"].get(f"{path}:{name}", (path, name)))
+                if key not in made or made[key].spec != parameter.spec:
+                    made[key] = PackedWeight.allocate(parameter.spec, device)
+                weights[name] = made[key]
+            _restore_layer(layer, record, weights)
         except (ConfigError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"The record of the packed layer {path!r} does not fit this model: {error}"
