@@ -214,6 +214,18 @@ def pack_parameter(
     )
 
 
+def activation_spec(quantizer: Quantizer) -> ActivationSpec:
+    """Return what the quantizer of an activation does."""
+    config = quantizer.config
+    return ActivationSpec(
+        format=config.format_name,
+        granularity=config.granularity,
+        group_size=config.group_size,
+        scale_format=config.scale_format,
+        calibrated=quantizer.scale is not None,
+    )
+
+
 def _with_scale(quantizer: Quantizer, value: torch.Tensor) -> Quantizer:
     """Return the quantizer, or one with max scales if it has none."""
     if quantizer.scale is not None:
@@ -250,14 +262,7 @@ def _pack_layer(layer: QuantizedLayer, weights: dict[str, PackedWeight]) -> Laye
         quantizer = layer.activation_quantizers().get(child)
         if quantizer is None:
             continue
-        config = quantizer.config
-        activations[name] = ActivationSpec(
-            format=config.format_name,
-            granularity=config.granularity,
-            group_size=config.group_size,
-            scale_format=config.scale_format,
-            calibrated=quantizer.scale is not None,
-        )
+        activations[name] = activation_spec(quantizer)
         buffers.update({f"{name}_{part}": getattr(quantizer, part) for part in INPUT_TENSORS})
     transforms = {name: getattr(layer, name) for name in TRANSFORMS}
     record = LayerRecord(
