@@ -23,10 +23,10 @@ from modewright.runtime.packed_tokens import TokenPacker
 
 
 def packed_cache(model: nn.Module) -> Any:
-    """Return an empty cache for one generation: ``model.generate(..., cache=packed_cache(model))``.
+    """Return an empty cache for one generation: ``generate(..., cache=packed_cache(model))``.
 
-    (Transformers before 5 call that argument ``past_key_values``.) Tokens come out as with the cache of Transformers, in which the same model keeps full precision
-    and quantizes it anew for every token.
+    Transformers before 5 call that argument ``past_key_values``. Tokens come out as with the cache
+    of Transformers, in which the same model keeps full precision and quantizes it for every token.
 
     Args:
         model: A causal language model of Transformers with quantized keys and values.

@@ -26,6 +26,7 @@ from modewright.errors import ConfigError, DataError
 from modewright.modes.checkpoint import restore
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.storage import MANIFEST_NAME
+from modewright.run.fresh_restore import device_of
 from modewright.run.optimize import RecipeLike, optimize
 
 OnProgress = Callable[[str, int, "int | None"], None]
@@ -168,7 +169,7 @@ def bench(
         ConfigError: A number is not positive, or ``recipe`` and ``against`` exclude each other.
         DataError: A model cannot be loaded, or the original is not known.
     """
-    if min(prompt, length, tokens, repeats, threads or 1) < 1:
+    if min(prompt, length, tokens, repeats, 1 if threads is None else threads) < 1:
         raise ConfigError("threads, prompt, length, tokens and repeats must be 1 or more.")
     if recipe is not None and against is not None:
         raise ConfigError("with a recipe, the model is compared with itself: leave `against` out.")
@@ -261,8 +262,8 @@ def _works(
             f"{type(model).__name__} is no language model of Transformers: pass `inputs`."
         )
     generator = torch.Generator().manual_seed(0)
-    device = next(iter((*model.parameters(), *model.buffers()))).device
-    text = torch.randint(0, vocabulary, (1, max(prompt, length)), generator=generator).to(device)
+    text = torch.randint(0, vocabulary, (1, max(prompt, length)), generator=generator)
+    text = text.to(device_of(model))
     started: list[Decoding] = []
 
     def decode() -> int:
