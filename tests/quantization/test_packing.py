@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,17 @@ from modewright.errors import ApplyModeError, CheckpointError, ConfigError
 from modewright.modes.checkpoint import load_weights
 from modewright.quantization.layers import QuantizedLayer
 from modewright.quantization.schemes import SCHEMES
+from modewright.runtime.backends import backends, using
 from modewright.runtime.layers import PackedLayer
 from support.models import CNN, FAMILIES, LM, MHA, MLP, MOE, RNN, Family
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """Backends approximate; what they approximate is the portable one, which is exact."""
+    with using("portable"):
+        yield
+
 
 EVERYTHING = {"targets": ["*"], "on_unmatched": "report"}
 EXACT = ("compress", {"scale_dtype": "float32"})
@@ -395,3 +405,15 @@ def test_train_flag_copies_and_casts(family: Family) -> None:
         torch.testing.assert_close(result.float(), expected, rtol=0.1, atol=0.1)
         assert scales
         assert all(torch.equal(cast.state_dict()[n], t) for n, t in scales.items())
+
+
+@pytest.mark.parametrize("family", [MLP, LM, MOE], ids=lambda family: family.name)
+@pytest.mark.parametrize("scheme", ["w4a16_asym", "w8a8", "w8a8_static", "w3a16", "fp8"])
+def test_whatever_backend_serves_gives_nearly_the_same(family: Family, scheme: str) -> None:
+    model = converted(family, scheme, "max_calibrate")
+    expected = family.run(model)
+    packed = modewright.apply_mode(model, "compress")
+
+    with using(*backends()):
+        found = family.run(packed)
+    assert float((found - expected).norm() / expected.norm()) < 0.05

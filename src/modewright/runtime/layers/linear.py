@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from modewright.runtime.layers import product as backends
+from modewright.runtime import backends
 from modewright.runtime.layers.base import PackedLayer
 
 
