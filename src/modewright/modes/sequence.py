@@ -127,6 +127,7 @@ class Position:
         present = frozenset(mode.forbids) & self.traits
         if present:
             helpers = _modes_that("removes", present, registry)
+            helpers = [m for m in helpers if not frozenset(m.provides) & frozenset(mode.forbids)]
             raise IncompatibleModeError(
                 f"Mode {mode.name!r} cannot be applied to a model that is {_and(present)}, as this "
                 f"one is since {self._since(present)!r}."
