@@ -56,7 +56,7 @@ class ActivationSpec:
             self.granularity not in _GRANULARITIES
             or grouped is (self.group_size is None)
             or not (self.group_size is None or type(self.group_size) is int)
-            or (self.group_size or 1) < 1
+            or (self.group_size is not None and self.group_size < 1)
             or self.scale_format not in ("fp32", "e8m0", "e4m3")
             or type(self.calibrated) is not bool
             or (self.calibrated and self.granularity != "tensor")
