@@ -51,8 +51,11 @@ def optimize(task: Any, model: Any) -> Any:
     import modewright
     from modewright.recipes.loader import load_recipe
 
+    recipe = load_recipe(task.algorithm)
+    if not task.minilm and recipe.calibration is not None:
+        task.windows = min(task.windows, recipe.calibration.windows)
     batches = task.calibration()
-    for step in load_recipe(task.algorithm).steps:
+    for step in recipe.steps:
         if step.mode == "export_quantize":
             continue
         config = dict(step.config)

@@ -76,7 +76,10 @@ def rotate_last(x: torch.Tensor, block: int, *, inverse: bool = False) -> torch.
         after //= size
         signs = _signs(size) if inverse else _signs(size).T
         factor = (signs / math.sqrt(size)).to(result)
-        result = factor @ result.reshape(x.numel() // (size * after), size, after)
+        if after == 1:  # one product of matrices, not one for each vector
+            result = result.reshape(x.numel() // size, size) @ factor.T
+        else:
+            result = factor @ result.reshape(x.numel() // (size * after), size, after)
     return result.reshape(x.shape).to(x.dtype)
 
 
@@ -96,7 +99,7 @@ def _base(n: int) -> int | None:
 
 
 def _factors(n: int) -> list[int]:
-    """Return sizes of matrices whose Kronecker product has size ``n``, Paley's first."""
+    """Return sizes of matrices whose Kronecker product has size ``n``, the fastest one last."""
     base = _base(n)
     if base is None:
         raise ConfigError(
@@ -105,7 +108,7 @@ def _factors(n: int) -> list[int]:
         )
     doublings = (n // base).bit_length() - 1
     whole, rest = divmod(doublings, _DOUBLINGS)
-    return [base] * (base > 1) + [2**_DOUBLINGS] * whole + [2**rest] * (rest > 0)
+    return [base] * (base > 1) + [2**rest] * (rest > 0) + [2**_DOUBLINGS] * whole
 
 
 @cache

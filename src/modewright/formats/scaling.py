@@ -38,11 +38,13 @@ from modewright.formats.floating import FP4_E2M1, FP8_E4M3, power_of_two_below, 
 from modewright.formats.integer import IntegerFormat
 
 ScaleFormat = Literal["fp32", "e8m0", "e4m3"]
+ScaleRule = Literal["max", "least_error"]
 
 SMALLEST_E8M0 = 2.0**-126  # one above the format's smallest, which float32 holds as a denormal
 LARGEST_E8M0 = 2.0**127
 SMALLEST_E4M3 = FP8_E4M3.smallest
 SMALLEST_FP32 = torch.finfo(torch.float32).tiny
+_FOUR_OVER_SIX = 256.0  # the largest fp8 number of which 3/2 is one too
 
 
 def scale_from_range(
@@ -148,6 +150,43 @@ def global_scale_of(
     return torch.where(level < SMALLEST_FP32 / SMALLEST_E4M3, torch.ones_like(level), level)
 
 
+def scale_for(
+    grouped: torch.Tensor,
+    fmt: NumberFormat,
+    scale_format: ScaleFormat,
+    global_scale: torch.Tensor | None,
+    rule: ScaleRule,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scale, and for an unsigned format the zero point, that a tensor gets by a rule.
+
+    Args:
+        grouped: ``[rows, groups, group]``, any float dtype.
+        fmt: The format of the values.
+        scale_format: What scales are rounded to.
+        global_scale: What :func:`global_scale_for` returned for the tensor.
+        rule: ``"max"``, see :func:`max_scale`; or ``"least_error"``, for the scale format
+            ``"e8m0"`` :func:`power_of_less_error` and for ``"e4m3"`` :func:`four_over_six`.
+
+    Returns:
+        Effective scale and zero point, ``[rows, groups]`` float32.
+    """
+    if rule == "max" or scale_format == "fp32":
+        return max_scale(grouped, fmt, scale_format, global_scale)
+    if global_scale is None:
+        return power_of_less_error(grouped, fmt), None
+    return four_over_six(grouped, global_scale), None
+
+
+def global_scale_for(
+    tensor: torch.Tensor, fmt: NumberFormat, scale_format: ScaleFormat, rule: ScaleRule
+) -> torch.Tensor | None:
+    """Return the scale of a whole tensor, scalar; ``None`` if the scale format has none."""
+    if scale_format != "e4m3":
+        return None
+    amax = tensor.detach().abs().amax() if tensor.numel() else tensor.new_ones(())
+    return global_scale_of(amax, fmt, FP8_E4M3.max_value if rule == "max" else _FOUR_OVER_SIX)
+
+
 def four_over_six(grouped: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
     """Return the scales of NVFP4 under which 4 or 6 stands for the largest magnitude of a group.
 
@@ -172,8 +211,33 @@ def four_over_six(grouped: torch.Tensor, global_scale: torch.Tensor) -> torch.Te
     return torch.where(_squared_error(values, four) < _squared_error(values, six), four, six)
 
 
-def _squared_error(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    left = dequantize(quantize(values, scale, None, FP4_E2M1), scale, None)
+def power_of_less_error(grouped: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
+    """Return powers of two: that of the specification, or twice it where that loses less.
+
+    The largest value of a group lies up to a binade above the largest number that its power of two
+    can stand for, and saturates. Twice the power holds it, and makes all others coarser. Each group
+    gets the power with the smaller squared error, the specification's where both are equal.
+
+    Args:
+        grouped: ``[rows, groups, group]``, any float dtype.
+        fmt: The format of the values.
+
+    Returns:
+        Scales, ``[rows, groups]`` float32.
+    """
+    if not grouped.numel():
+        return torch.ones(grouped.shape[:2], dtype=torch.float32, device=grouped.device)
+    values = grouped.detach().float()
+    below = _power_of_two(values.abs().amax(dim=-1), fmt)
+    above = round_scale(below * 2, "e8m0")
+    better = _squared_error(values, above, fmt) < _squared_error(values, below, fmt)
+    return torch.where(better, above, below)
+
+
+def _squared_error(
+    values: torch.Tensor, scale: torch.Tensor, fmt: NumberFormat = FP4_E2M1
+) -> torch.Tensor:
+    left = dequantize(quantize(values, scale, None, fmt), scale, None)
     return left.sub_(values).square_().sum(dim=-1)
 
 

@@ -13,6 +13,7 @@ from modewright.quantization.representation import (
     GranularityName,
     QuantizerConfig,
     ScaleFormatName,
+    ScaleRuleName,
     SchemeConfig,
     Settings,
 )
@@ -61,6 +62,9 @@ class QuantizerOverride(Settings):
     block_size: tuple[int, int] | None = Field(default=None, description="Size of a tile.")
     dynamic: bool | None = Field(default=None, description="Take the scale from each tensor.")
     scale_format: ScaleFormatName | None = Field(default=None, description="What a scale is.")
+    scale_rule: ScaleRuleName | None = Field(
+        default=None, description="How a scale follows from the values it is for."
+    )
 
     def on(self, base: QuantizerConfig | None) -> QuantizerConfig | None:
         """Return the quantizer that ``base`` becomes; ``None`` is one that is off."""

@@ -223,6 +223,7 @@ def activation_spec(quantizer: Quantizer) -> ActivationSpec:
         group_size=config.group_size,
         scale_format=config.scale_format,
         calibrated=quantizer.scale is not None,
+        scale_rule=config.scale_rule,
     )
 
 

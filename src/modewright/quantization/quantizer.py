@@ -26,7 +26,7 @@ from modewright.formats.affine import dequantize, fake_quantize, quantize
 from modewright.formats.catalogue import decode, encode, format_named
 from modewright.formats.floating import FP8_E4M3, round_float
 from modewright.formats.grouping import Grouping
-from modewright.formats.scaling import global_scale_of, max_scale, scale_from_range
+from modewright.formats.scaling import global_scale_for, scale_for, scale_from_range
 from modewright.quantization.representation import QuantizerConfig
 
 if TYPE_CHECKING:
@@ -97,9 +97,20 @@ class Quantizer(nn.Module):
 
     def fresh_groups(self, grouped: torch.Tensor) -> torch.Tensor:
         """Do what :meth:`fresh` does to a grouped tensor."""
-        level = self.level_of(grouped)
-        scale, zero_point = max_scale(grouped, self.format, self.config.scale_format, level)
+        scale, zero_point = self.own_scale(grouped, self.level_of(grouped))
         return fake_quantize(grouped, scale, zero_point, self.format)
+
+    def own_scale(
+        self, grouped: torch.Tensor, level: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return effective scale and zero point by the rule of the config, ``[rows, groups]``.
+
+        Args:
+            grouped: What :attr:`grouping` makes of the tensor.
+            level: The scale of the whole tensor, see :meth:`level_of`.
+        """
+        config = self.config
+        return scale_for(grouped, self.format, config.scale_format, level, config.scale_rule)
 
     @property
     def effective_scale(self) -> torch.Tensor | None:
@@ -138,8 +149,7 @@ class Quantizer(nn.Module):
             DataError: The tensor has values that are not finite.
         """
         level = self.level_of(tensor)
-        grouped = self.grouping.split(tensor)
-        scale, zero_point = max_scale(grouped, self.format, self.config.scale_format, level)
+        scale, zero_point = self.own_scale(self.grouping.split(tensor), level)
         self.set_scale(scale, zero_point, level)
 
     def set_from_range(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
@@ -237,12 +247,12 @@ class Quantizer(nn.Module):
 
     def level_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the scale of a whole tensor, scalar; ``None`` if the scale format has none."""
-        if self.config.scale_format != "e4m3":
-            return None
-        if self.global_scale is not None:
-            return self.global_scale
-        amax = tensor.detach().abs().amax() if tensor.numel() else tensor.new_ones(())
-        return global_scale_of(amax, self.format)
+        return self.fresh_level(tensor) if self.global_scale is None else self.global_scale
+
+    def fresh_level(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return what :meth:`level_of` returns before calibration."""
+        config = self.config
+        return global_scale_for(tensor, self.format, config.scale_format, config.scale_rule)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 GranularityName = Literal["tensor", "channel", "group", "block", "token"]
 FormatName = Literal["int", "fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1", "nf4"]
 ScaleFormatName = Literal["fp32", "e8m0", "e4m3"]
+ScaleRuleName = Literal["max", "least_error"]
 
 _BITS_OF: dict[FormatName, int] = {
     "fp8_e4m3": 8,
@@ -59,6 +60,12 @@ class QuantizerConfig(Settings):
         description="What a scale is: float32, a power of two (MX), or fp8 times one float32 for "
         "the whole tensor (NVFP4).",
     )
+    scale_rule: ScaleRuleName = Field(
+        default="max",
+        description="How a scale follows from the values it is for: from the largest one, or, "
+        "where scales are coarse, the better of that and the next one (MX: twice it; NVFP4: 4 "
+        "instead of 6 as the largest value), by the squared error.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -86,6 +93,12 @@ class QuantizerConfig(Settings):
             raise ValueError(f"{self.format} has {_BITS_OF[self.format]} bits, not {self.num_bits}")
         if not self.symmetric and (self.format != "int" or self.scale_format != "fp32"):
             raise ValueError("a zero point needs format 'int' and scale_format 'fp32'")
+        coarse = {"e8m0"} | ({"e4m3"} if self.format == "fp4_e2m1" else set())
+        if self.scale_rule == "least_error" and self.scale_format not in coarse:
+            raise ValueError(
+                "scale_rule 'least_error' needs scale_format 'e8m0', or 'e4m3' with fp4_e2m1: "
+                f"got {self.scale_format!r} with {self.format!r}"
+            )
         return self
 
     @property

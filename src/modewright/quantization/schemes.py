@@ -18,9 +18,18 @@ def _group(num_bits: int, *, symmetric: bool = True) -> QuantizerConfig:
 
 
 def _mx(fmt: FormatName, *, dynamic: bool = False) -> QuantizerConfig:
-    """Groups of 32 that share a power of two: OCP microscaling formats v1.0."""
+    """Groups of 32 that share a power of two: OCP microscaling formats v1.0.
+
+    The specification leaves open how the power is chosen. By the rule in its section 6.3 a fourth
+    of all groups saturate; here it is the better of that power and the next.
+    """
     return QuantizerConfig(
-        format=fmt, granularity="group", group_size=32, scale_format="e8m0", dynamic=dynamic
+        format=fmt,
+        granularity="group",
+        group_size=32,
+        scale_format="e8m0",
+        scale_rule="least_error",
+        dynamic=dynamic,
     )
 
 
@@ -31,6 +40,7 @@ def _nvfp4(*, dynamic: bool = False) -> QuantizerConfig:
         granularity="group",
         group_size=16,
         scale_format="e4m3",
+        scale_rule="least_error",
         dynamic=dynamic,
     )
 

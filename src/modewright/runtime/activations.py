@@ -21,7 +21,7 @@ from modewright.errors import ConfigError
 from modewright.formats.affine import fake_quantize
 from modewright.formats.catalogue import NumberFormat, format_named
 from modewright.formats.grouping import Granularity, Grouping
-from modewright.formats.scaling import ScaleFormat, global_scale_of, max_scale
+from modewright.formats.scaling import ScaleFormat, ScaleRule, global_scale_for, scale_for
 
 INT8_TOKEN = "int8_token"  # noqa: S105 - a token of text
 INT8_TENSOR = "int8_tensor"
@@ -38,6 +38,7 @@ class ActivationSpec:
         group_size: Neighbours on the last axis in a group.
         scale_format: What a scale is.
         calibrated: Whether the layer holds a scale; otherwise it comes from each tensor.
+        scale_rule: How it comes from the tensor.
 
     Raises:
         ConfigError: The fields are not those of an activation that there can be.
@@ -48,6 +49,7 @@ class ActivationSpec:
     group_size: int | None = None
     scale_format: ScaleFormat = "fp32"
     calibrated: bool = False
+    scale_rule: ScaleRule = "max"
 
     def __post_init__(self) -> None:
         format_named(self.format)
@@ -58,6 +60,7 @@ class ActivationSpec:
             or not (self.group_size is None or type(self.group_size) is int)
             or (self.group_size is not None and self.group_size < 1)
             or self.scale_format not in ("fp32", "e8m0", "e4m3")
+            or self.scale_rule not in ("max", "least_error")
             or type(self.calibrated) is not bool
             or (self.calibrated and self.granularity != "tensor")
         ):
@@ -122,10 +125,8 @@ class ActivationSpec:
         """
         grouped = self.grouping.split(x)
         if scale is None:
-            level = None
-            if self.scale_format == "e4m3":
-                amax = x.detach().abs().amax() if x.numel() else x.new_ones(())
-                level = global_scale_of(amax, self.number_format)
-            scale, zero_point = max_scale(grouped, self.number_format, self.scale_format, level)
+            how = (self.number_format, self.scale_format)
+            level = global_scale_for(x, *how, self.scale_rule)
+            scale, zero_point = scale_for(grouped, *how, level, self.scale_rule)
         result = fake_quantize(grouped, scale, zero_point, self.number_format)
         return self.grouping.join(result, x.shape)

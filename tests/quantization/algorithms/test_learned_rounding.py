@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from modewright.formats.affine import dequantize, quantize
-from modewright.formats.catalogue import format_named
+from modewright.formats.catalogue import format_named, round_to
 from modewright.formats.grouping import Grouping
 from modewright.formats.scaling import ScaleFormat, global_scale_of
-from modewright.quantization.algorithms.learned_rounding import LearnedWeight, Schedule, learn
+from modewright.quantization.algorithms import learned_rounding
+from modewright.quantization.algorithms.learned_rounding import (
+    LearnedWeight,
+    Schedule,
+    learn,
+    local_step,
+)
 from modewright.quantization.algorithms.max import max_scale
 
 CASES: list[tuple[str, ScaleFormat]] = [
@@ -118,3 +124,46 @@ def test_learned_scales_are_numbers_of_their_format(kind: ScaleFormat) -> None:
         level = global_scale_of(values.abs().amax(), weight.format)
         stored = scale / level
         assert torch.allclose(stored.to(torch.float8_e4m3fn).float(), stored, rtol=1e-6)
+
+
+def readable_values(weight: LearnedWeight) -> torch.Tensor:
+    """The same value from operations that autograd knows; rounding passes gradients through."""
+
+    def straight(exact: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return exact + (value - exact).detach()
+
+    scale, zero_point = weight.scale()
+    fmt = weight.format
+    place = weight.grouped / scale.unsqueeze(-1)
+    place = place + weight.offset * local_step(place.detach(), fmt)
+    if zero_point is not None:
+        place = straight(place, place.detach().round()) + zero_point.unsqueeze(-1)
+    margin = 0.5 if fmt.name.lstrip("u").startswith("int") else 0.0
+    ends = place.clamp(fmt.min_value - margin, fmt.max_value + margin)
+    codes = straight(ends, round_to(place.detach(), fmt))
+    if zero_point is not None:
+        codes = codes - zero_point.unsqueeze(-1)
+    return codes * scale.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("slab", [1, 48, 1 << 16])
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_gradients_are_those_of_the_readable_formula(
+    name: str, kind: ScaleFormat, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learned_rounding, "_SLAB", slab)
+    weight = make(name, kind)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        weight.offset.uniform_(-0.5, 0.5, generator=generator)
+        weight.factor.uniform_(0.4, 1.0, generator=generator)  # so that some values saturate
+    towards = torch.randn(weight.grouped.shape, generator=generator)
+
+    found, expected = weight.values(), readable_values(weight)
+    by_rule = torch.autograd.grad((found * towards).sum(), weight.parameters)
+    by_autograd = torch.autograd.grad((expected * towards).sum(), weight.parameters)
+
+    assert torch.allclose(found, expected, atol=1e-6)
+    for ours, theirs in zip(by_rule, by_autograd, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert ours.abs().max() > 0

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from modewright.formats.affine import quantize
-from modewright.formats.catalogue import NumberFormat, round_to
+from modewright.formats.catalogue import NumberFormat, round_to_
 from modewright.formats.floating import FloatFormat, TableFormat
 from modewright.formats.integer import IntegerFormat
 from modewright.formats.scaling import ScaleFormat, round_scale
@@ -29,23 +29,76 @@ Optimizer = Literal["sign", "adam"]
 
 _EDGE = 0.45  # how far from its code, in steps, a value may start that is to round to it
 _LEAST, _MOST = 0.3, 1.1  # range of the factors on scales
+_SLAB = 1 << 16  # values at a time: few enough for a processor's cache
 
 
-class _RoundTo(torch.autograd.Function):
-    """Rounds to a format; the gradient is that of the identity within its range."""
+class _Rounded(torch.autograd.Function):
+    """What remains of a weight; see :meth:`LearnedWeight.values`.
+
+    With ``place = w / scale``, ``code = round(place + offset * step) + zero_point`` and ``inside``
+    where that lies in the format's range, the value is ``(code - zero_point) * scale``. Rounding
+    passes gradients straight through, so the derivatives are
+
+    * ``inside * step * scale`` by the offset,
+    * ``code - zero_point - inside * place`` by the scale (that of Esser et al. 2019, LSQ),
+    * ``(inside - 1) * scale`` by the zero point.
+
+    Rows are computed some at a time, few enough for a processor's cache.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
-        margin = 0.5 if isinstance(fmt, IntegerFormat) else 0.0
-        ctx.save_for_backward(
-            (values >= fmt.min_value - margin) & (values <= fmt.max_value + margin)
-        )
-        return round_to(values, fmt)
+    def forward(
+        ctx: Any,
+        grouped: torch.Tensor,
+        offset: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        fmt: NumberFormat,
+    ) -> torch.Tensor:
+        codes, result = torch.empty_like(grouped), torch.empty_like(grouped)
+        inside = torch.empty_like(grouped, dtype=torch.bool)
+        for rows in slabs(grouped):
+            point = None if zero_point is None else zero_point[rows].unsqueeze(-1)
+            width = scale[rows].unsqueeze(-1)
+            part = grouped[rows] / width
+            part += offset[rows] * local_step(part, fmt)
+            if point is not None:
+                part.round_().add_(point)
+            margin = 0.5 if isinstance(fmt, IntegerFormat) else 0.0
+            torch.ge(part, fmt.min_value - margin, out=inside[rows])
+            inside[rows] &= part <= fmt.max_value + margin
+            part = round_to_(part, fmt)
+            codes[rows] = part if point is None else part.sub_(point)
+            torch.mul(codes[rows], width, out=result[rows])
+        ctx.save_for_backward(grouped, codes, inside, scale)
+        ctx.fmt, ctx.has_zero_point = fmt, zero_point is not None
+        return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[None, torch.Tensor, torch.Tensor, torch.Tensor | None, None]:
+        grouped, codes, inside, scale = ctx.saved_tensors
+        by_offset, by_scale = torch.empty_like(grouped), torch.empty_like(scale)
+        by_point = torch.empty_like(scale) if ctx.has_zero_point else None
+        for rows in slabs(grouped):
+            width = scale[rows].unsqueeze(-1)
+            place = grouped[rows] / width
+            within = torch.mul(gradient[rows], inside[rows], out=by_offset[rows])
+            by_scale[rows] = (gradient[rows] * codes[rows]).sub_(within * place).sum(-1)
+            if by_point is not None:
+                by_point[rows] = (within - gradient[rows]).mul_(width).sum(-1)
+            within.mul_(width).mul_(local_step(place, ctx.fmt))
+        return None, by_offset, by_scale, by_point, None
+
+
+def slabs(grouped: torch.Tensor) -> list[slice]:
+    """Return slices of the rows of ``[rows, groups, group]``, for which a cache is large enough."""
+    rows = grouped.shape[0]
+    height = max(1, _SLAB * rows // max(grouped.numel(), 1))
+    if grouped.device.type != "cpu":
+        height = max(rows, 1)
+    return [slice(top, min(top + height, rows)) for top in range(0, rows, height)]
 
 
 class _Through(torch.autograd.Function):
@@ -136,21 +189,22 @@ class LearnedWeight:
         return scale, through(wanted, whole)
 
     def codes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return numbers of the format, scale and zero point, differentiable."""
-        scale, zero_point = self.scale()
-        values = self.grouped / scale.unsqueeze(-1)
-        values = values + self.offset * local_step(values.detach(), self.format)
-        if zero_point is not None:
-            values = through(values, values.detach().round()) + zero_point.unsqueeze(-1)
-        rounded: torch.Tensor = _RoundTo.apply(values, self.format)  # type: ignore[no-untyped-call]
-        return rounded, scale, zero_point
+        """Return numbers of the format, scale and zero point as they are now."""
+        with torch.no_grad():
+            scale, zero_point = self.scale()
+            values = self.grouped / scale.unsqueeze(-1)
+            values += self.offset * local_step(values, self.format)
+            if zero_point is not None:
+                values.round_().add_(zero_point.unsqueeze(-1))
+            return round_to_(values, self.format), scale, zero_point
 
     def values(self) -> torch.Tensor:
         """Return the weight as it is rounded now, ``[rows, groups, group]``, differentiable."""
-        codes, scale, zero_point = self.codes()
-        if zero_point is not None:
-            codes = codes - zero_point.unsqueeze(-1)
-        return codes * scale.unsqueeze(-1)
+        scale, zero_point = self.scale()
+        result: torch.Tensor = _Rounded.apply(  # type: ignore[no-untyped-call]
+            self.grouped, self.offset, scale, zero_point, self.format
+        )
+        return result
 
     def clamp(self) -> None:
         """Put parameters back into their range."""

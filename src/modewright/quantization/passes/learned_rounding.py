@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,14 @@ def _solve(block: Block, config: LearnedRoundingConfig) -> Metadata:
     precision = usable_precision(lambda: block.run(block.calls[0]), device, config.precision)
 
     def loss_on(batches: list[int]) -> torch.Tensor:
+        renew()
         with automatic_precision(device, precision):
             return sum(
                 (_error(block.run(block.calls[i]), targets[i]) for i in batches),
                 start=torch.zeros((), device=device),
             ) / len(batches)
 
-    with substituted(learned), frozen(block.module):
+    with substituted(learned) as renew, frozen(block.module):
         with torch.no_grad():
             before = float(loss_on(probe))
         start = [p.detach().clone() for weight in learned.values() for p in weight.parameters]
@@ -149,19 +150,29 @@ def keep(quantizer: Quantizer, weight: LearnedWeight, shape: torch.Size) -> None
 
 
 @contextmanager
-def substituted(learned: dict[Quantizer, LearnedWeight]) -> Iterator[None]:
-    """Let quantizers return what the parameters make of their weights."""
+def substituted(learned: dict[Quantizer, LearnedWeight]) -> Iterator[Callable[[], None]]:
+    """Let quantizers return what the parameters make of their weights.
+
+    A weight is made once for all batches of a step, as is its gradient.
+
+    Yields:
+        A function to call when parameters have changed.
+    """
+    made: dict[Quantizer, torch.Tensor] = {}
 
     def attach(quantizer: Quantizer, weight: LearnedWeight) -> None:
         def substitute(tensor: torch.Tensor) -> torch.Tensor:
-            return quantizer.grouping.join(weight.values(), tensor.shape).to(tensor.dtype)
+            if quantizer not in made:
+                values = quantizer.grouping.join(weight.values(), tensor.shape)
+                made[quantizer] = values.to(tensor.dtype)
+            return made[quantizer]
 
         quantizer.substitute = substitute
 
     try:
         for quantizer, weight in learned.items():
             attach(quantizer, weight)
-        yield
+        yield made.clear
     finally:
         for quantizer in learned:
             quantizer.substitute = None

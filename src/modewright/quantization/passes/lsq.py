@@ -64,6 +64,38 @@ class _LearnedScale:
         quantizer.codes = codes
 
 
+class _Made:
+    """The weights as scales make them now: made once for all batches of a step.
+
+    Batches are gone through one at a time, so that the activations of one are in memory. They reach
+    copies of the weights, whose gradients add up there and go on to the scales at the end.
+    """
+
+    def __init__(self) -> None:
+        self._weights: dict[_LearnedScale, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def by(self, scale: _LearnedScale) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return what stands for the quantizer of a weight."""
+
+        def substitute(tensor: torch.Tensor) -> torch.Tensor:
+            if scale not in self._weights:
+                value = scale(tensor)
+                self._weights[scale] = value, value.detach().requires_grad_(value.requires_grad)
+            return self._weights[scale][1]
+
+        return substitute
+
+    def backward(self) -> None:
+        """Pass the gradients of all batches on to the scales, and forget the weights."""
+        reached = [(v, leaf.grad) for v, leaf in self._weights.values() if leaf.grad is not None]
+        self.clear()
+        torch.autograd.backward([v for v, _ in reached], [gradient for _, gradient in reached])
+
+    def clear(self) -> None:
+        """Forget the weights."""
+        self._weights.clear()
+
+
 def convert(
     model: nn.Module,
     config: LsqConfig,
@@ -85,11 +117,11 @@ def convert(
     }
     if not learned:
         return model, {**finish(model, {}), "loss": []}
-    with evaluating(model), frozen(model), _substituted(learned):
+    with evaluating(model), frozen(model), _substituted(learned) as made:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         precision = usable_precision(lambda: run_batch(model, batches[0]), device, config.precision)
         config = config.model_copy(update={"precision": precision})
-        history = _learn(model, list(learned.values()), batches, config, on_batch)
+        history = _learn(model, list(learned.values()), made, batches, config, on_batch)
     for quantizer, scale in learned.items():
         scale.keep(quantizer)
     return model, {**finish(model, {}), "loss": history}
@@ -98,6 +130,7 @@ def convert(
 def _learn(
     model: nn.Module,
     learned: Sequence[_LearnedScale],
+    made: _Made,
     batches: Sequence[object],
     config: LsqConfig,
     on_batch: OnBlock | None,
@@ -113,7 +146,7 @@ def _learn(
     adjust = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: max(1 - step / total, 0.01))
     generator = torch.Generator().manual_seed(config.seed)
     best = [f.detach().clone() for f in factors]
-    history = [_probe(model, probe, config)]
+    history = [_probe(model, made, probe, config)]
     done = 0
     for _ in range(config.epochs):
         order = torch.randperm(len(training), generator=generator).tolist()
@@ -122,13 +155,14 @@ def _learn(
             for index in chosen:
                 loss = _distance(model, training[index], config) / len(chosen)
                 loss.backward()  # type: ignore[no-untyped-call]
+            made.backward()
             adam.step()
             adam.zero_grad()
             adjust.step()
             done += 1
             if on_batch is not None:
                 on_batch(done, total)
-        history.append(_probe(model, probe, config))
+        history.append(_probe(model, made, probe, config))
         if history[-1] == min(history):
             best = [f.detach().clone() for f in factors]
     with torch.no_grad():
@@ -144,9 +178,11 @@ def _size(batch: object) -> int:
     return int(first.numel() // (first.shape[-1] if first.is_floating_point() else 1))
 
 
-def _probe(model: nn.Module, batches: Sequence[object], config: LsqConfig) -> float:
+def _probe(model: nn.Module, made: _Made, batches: Sequence[object], config: LsqConfig) -> float:
     with torch.no_grad():
-        return sum(float(_distance(model, batch, config)) for batch in batches) / len(batches)
+        found = sum(float(_distance(model, batch, config)) for batch in batches) / len(batches)
+    made.clear()
+    return found
 
 
 def _distance(model: nn.Module, batch: object, config: LsqConfig) -> torch.Tensor:
@@ -193,12 +229,12 @@ def _batches(calibration: object) -> Sequence[object]:
 
 
 @contextmanager
-def _substituted(learned: dict[Quantizer, _LearnedScale]) -> Iterator[None]:
-    substitutes: dict[Quantizer, Callable[[torch.Tensor], torch.Tensor]] = {**learned}
+def _substituted(learned: dict[Quantizer, _LearnedScale]) -> Iterator[_Made]:
+    made = _Made()
     try:
-        for quantizer, substitute in substitutes.items():
-            quantizer.substitute = substitute
-        yield
+        for quantizer, scale in learned.items():
+            quantizer.substitute = made.by(scale)
+        yield made
     finally:
-        for quantizer in substitutes:
+        for quantizer in learned:
             quantizer.substitute = None

@@ -25,8 +25,8 @@ from modewright.quantization.passes.weights import WeightGrid
 
 Metadata = dict[str, Any]
 Candidates = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
-_ROWS = 1024  # inputs that candidates are compared on
-_CALLS = 16  # from which they are taken
+_ROWS = 512  # inputs that candidates are compared on
+_CALLS = 8  # from which they are taken
 ITSELF = "the layers themselves"
 TAKES_NONE = "its input cannot be scaled"
 

@@ -7,7 +7,6 @@ import torch
 
 from modewright.errors import ConfigError
 from modewright.formats.affine import quantize
-from modewright.formats.scaling import global_scale_of, max_scale
 from modewright.quantization.algorithms.mse import mse_scale
 from modewright.quantization.layers import QuantizedLayer
 
@@ -48,9 +47,9 @@ class WeightGrid:
         target = self.matrix if target is None else target
         grouped = self.grouped(target)
         kind = self.quantizer.config.scale_format
-        level = global_scale_of(target.abs().amax(), self.format) if kind == "e4m3" else None
+        level = self.quantizer.fresh_level(target)
         if importance is None:
-            scale, zero_point = max_scale(grouped, self.format, kind, level)
+            scale, zero_point = self.quantizer.own_scale(grouped, level)
         else:
             weights = self.grouped(importance)
             scale, zero_point = mse_scale(grouped, self.format, kind, level, importance=weights)
