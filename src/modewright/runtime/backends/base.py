@@ -98,3 +98,12 @@ def fitting(result: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) ->
     if bias is not None:
         result = result + bias
     return result.to(x.dtype).reshape(*x.shape[:-1], result.shape[-1])
+
+
+def short(spec: PackedSpec) -> str:
+    """Return a spec in a few words, such as ``int4 group 64``."""
+    size = spec.group_size or spec.block_size
+    parts = [spec.format, spec.granularity, *([str(size)] * (size is not None))]
+    if spec.scale_format != "fp32":
+        parts.append(f"with {spec.scale_format} scales")
+    return " ".join(parts)

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from modewright.formats.catalogue import code_values, format_named
-from modewright.runtime.backends.base import Backend, Case, cpu_problem, fitting
+from modewright.runtime.backends.base import Backend, Case, cpu_problem, fitting, short
 from modewright.runtime.backends.portable import simulated
 from modewright.runtime.packed_weight import PackedWeight
 
@@ -45,7 +45,7 @@ class Buffered(Backend):
         if spec.num_bits not in (2, 4, 8):
             return f"codes have 2, 4 or 8 bits; here {spec.num_bits}"
         if spec.granularity == "block" or spec.shape[1] % spec.tile[1] or 0 in spec.shape:
-            return f"scales belong to groups that divide the inputs; here {spec}"
+            return f"scales belong to groups that divide the inputs; here {short(spec)}"
         if spec.shape[1] * spec.num_bits % 8:
             return "rows are whole bytes"
         return cpu_problem(case)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from modewright.runtime.backends.base import FEW_ROWS, Backend, Case, cpu_problem, fitting
+from modewright.runtime.backends.base import FEW_ROWS, Backend, Case, cpu_problem, fitting, short
 from modewright.runtime.packed_weight import PackedWeight
 
 
@@ -30,7 +30,7 @@ class Int8Pack(Backend):
     def refuses(self, case: Case) -> str | None:  # noqa: D102
         spec = case.spec
         if spec.format != "int8" or spec.granularity != "channel" or spec.scale_format != "fp32":
-            return f"it multiplies by int8 with a scale per channel, not {spec}"
+            return f"it multiplies by int8 with a scale per channel, not {short(spec)}"
         if spec.shape[1] % 16 or 0 in spec.shape:  # the operator reads beyond the end otherwise
             return f"inputs are a multiple of 16; here {spec.shape[1]}"
         if case.act is not None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from modewright.runtime.backends.activations import int8_codes
-from modewright.runtime.backends.base import Backend, Case, fitting
+from modewright.runtime.backends.base import Backend, Case, fitting, short
 from modewright.runtime.packed_weight import PackedWeight
 
 _FEWEST_ROWS = 17  # cuBLASLt refuses fewer
@@ -35,7 +35,7 @@ class IntMm(Backend):
         if case.device != "cuda":
             return f"it runs on a GPU, not on {case.device}"
         if spec.format != "int8" or spec.granularity != "channel" or spec.scale_format != "fp32":
-            return f"it multiplies by int8 with a scale per channel, not {spec}"
+            return f"it multiplies by int8 with a scale per channel, not {short(spec)}"
         if case.act not in ("int8_token", "int8_tensor"):
             return "it needs int8 activations"
         if spec.shape[0] % 8 or spec.shape[1] % 8 or 0 in spec.shape:
