@@ -21,6 +21,7 @@ VERBS: dict[str, str] = {
     "bench": "Measure how fast and how large a model is, beside its original.",
     "inspect": "Say what a checkpoint holds.",
     "verify": "Check every byte of a checkpoint.",
+    "backends": "Show what multiplies packed weights on this machine, and why.",
     "modes": "List the modes, or explain one.",
     "recipes": "List the recipes, or show one.",
 }

@@ -12,6 +12,9 @@ import torch
 from modewright.runtime.packed_spec import PackedSpec
 from modewright.runtime.packed_weight import PackedWeight
 
+FEW_ROWS = 8
+"""Up to so many rows a call counts as decoding."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -79,3 +82,28 @@ class Backend(ABC):
     def extra_bytes(self, prepared: Any) -> int:
         """Return the memory that a prepared weight takes besides the packed one."""
         return 0
+
+
+def cpu_problem(case: Case) -> str | None:
+    """Return why torch's CPU kernels do not serve a case, or ``None``."""
+    if case.device != "cpu":
+        return f"it runs on the CPU, not on {case.device}"
+    if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {case.dtype}"
+    return None
+
+
+def fitting(result: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return a product ``[rows, N]`` with its bias, in the shape and dtype that ``x`` asks for."""
+    if bias is not None:
+        result = result + bias
+    return result.to(x.dtype).reshape(*x.shape[:-1], result.shape[-1])
+
+
+def short(spec: PackedSpec) -> str:
+    """Return a spec in a few words, such as ``int4 group 64``."""
+    size = spec.group_size or spec.block_size
+    parts = [spec.format, spec.granularity, *([str(size)] * (size is not None))]
+    if spec.scale_format != "fp32":
+        parts.append(f"with {spec.scale_format} scales")
+    return " ".join(parts)

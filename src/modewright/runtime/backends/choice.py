@@ -12,6 +12,7 @@ and for subclasses of tensors.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,13 +21,14 @@ from weakref import WeakKeyDictionary
 import torch
 
 from modewright.errors import ConfigError
-from modewright.runtime.backends.base import Backend, Case
+from modewright.runtime.backends.base import FEW_ROWS, Backend, Case
+from modewright.runtime.backends.measure import fastest
 from modewright.runtime.backends.portable import portable_linear
 from modewright.runtime.backends.table import backend_named, backends
 from modewright.runtime.packed_weight import PackedWeight
 
-FEW_ROWS = 8
-"""Up to so many rows a call counts as decoding."""
+SWITCH = "MODEWRIGHT_BACKENDS"
+"""Set to ``measure``, backends are chosen by timing them on every new kind of weight."""
 
 _Plan = tuple[Backend, Any]
 _plans: WeakKeyDictionary[PackedWeight, dict[Any, _Plan]] = WeakKeyDictionary()
@@ -78,18 +80,24 @@ def linear(
     return plan[0].linear(x, plan[1], bias, act, act_scale)
 
 
-def choose(case: Case, *, copies: bool = True) -> Backend:
-    """Return the first backend of the table that does not refuse a case.
+def choose(case: Case, *, copies: bool = True, measure: bool = False) -> Backend:
+    """Return the first backend of the table that does not refuse a case, or the fastest one.
 
     Args:
         case: What is to be multiplied.
         copies: Whether backends may keep a second copy of the weight.
+        measure: Time all that do not refuse on a weight of random numbers; the result is kept as
+            long as the process runs.
     """
     names = _allowed[-1] if _allowed else tuple(backends())
-    for backend in map(backend_named, names):
-        if (copies or not backend.copies) and backend.refuses(case) is None:
-            return backend
-    return backend_named("portable")
+    willing = [
+        backend
+        for backend in map(backend_named, names)
+        if (copies or not backend.copies) and backend.refuses(case) is None
+    ]
+    if measure and len(willing) > 1:
+        return fastest(case, tuple(willing))
+    return willing[0] if willing else backend_named("portable")
 
 
 @contextmanager
@@ -116,7 +124,8 @@ def _new_plan(weight: PackedWeight, x: torch.Tensor, act: str | None, key: Any) 
             f"on {x.device}."
         )
     rows = x.numel() // max(x.shape[-1], 1)
-    backend = choose(Case(weight.spec, x.device.type, x.dtype, act, rows))
+    case = Case(weight.spec, x.device.type, x.dtype, act, rows)
+    backend = choose(case, measure=os.environ.get(SWITCH) == "measure")
     kept = _plans.setdefault(weight, {})
     plan = kept.get((backend.name,))
     if plan is None:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from modewright.errors import ConfigError
-from modewright.runtime.backends.base import Backend, Case
+from modewright.runtime.backends.base import Backend, Case, cpu_problem
 from modewright.runtime.native.library import (
     ACTIVATIONS,
     BEST,
@@ -48,15 +48,11 @@ class Native(Backend):
         self._place = BEST if isa is None else ISAS.index(isa)
 
     def refuses(self, case: Case) -> str | None:  # noqa: D102
-        if case.device != "cpu":
-            return f"it runs on the CPU, not on {case.device}"
-        if case.dtype not in DTYPES and case.dtype is not torch.float16:
-            return f"it takes float32, bfloat16 and float16, not {case.dtype}"
-        if case.act not in ACTIVATIONS:
-            return f"it knows no activations like {case.act}"
-        problem = format_problem(case.spec)
+        problem = cpu_problem(case) or format_problem(case.spec)
         if problem is not None:
             return problem
+        if case.act not in ACTIVATIONS:
+            return f"it knows no activations like {case.act}"
         found = library()
         if isinstance(found, str):
             return found

@@ -51,6 +51,10 @@ def portable_linear(
     act_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return what every other backend approximates."""
-    if act is not None:
-        x = _ACTIVATIONS[act].simulate(x, act_scale)
+    x = simulated(x, act, act_scale)
     return F.linear(x, weight.dequantize(dtype=x.dtype), bias)
+
+
+def simulated(x: torch.Tensor, act: str | None, act_scale: torch.Tensor | None) -> torch.Tensor:
+    """Return what the scheme leaves of activations."""
+    return x if act is None else _ACTIVATIONS[act].simulate(x, act_scale)

@@ -1,26 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // AVX-512 with VNNI and VBMI: Intel since Ice Lake, AMD since Zen 4.
-#include <utility>
-
 #include "common.h"
+#include "each.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #include <immintrin.h>
 
 namespace mw {
 namespace {
-
-// Calls f(0), f(1) ... f(COUNT - 1) with constants. In loops the compiler would unroll them after it
-// has decided what lives in registers, and arrays of registers would stay in memory.
-template <class F, int... I>
-inline __attribute__((always_inline)) void each_of(std::integer_sequence<int, I...>, F&& f) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-template <int COUNT, class F>
-inline __attribute__((always_inline)) void each(F&& f) {
-  each_of(std::make_integer_sequence<int, COUNT>{}, f);
-}
-#define EACH(place) [&](auto place) __attribute__((always_inline))
 
 constexpr int64_t kLanes = 16, kBytes = 64;
 
@@ -171,6 +158,7 @@ struct Dot {
 struct RowScales {  // of up to four outputs
   float* scales[4];
   float* shifts[4];
+  __m512i lane_entry;  // which of a block's entries a lane belongs to
 };
 
 // What zero points other than the implied one take off an output.
@@ -194,9 +182,6 @@ template <Kind KIND, bool TABLE, int ROWS, int OUTS>
 void dot_rows(const Job& job, const Unpacker& u, int64_t n, int64_t row, const RowScales& rs) {
   const Weight& w = *job.weight;
   const Plan& p = job.plan;
-  alignas(64) int32_t lane_entry[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane)
-    lane_entry[lane] = int32_t(lane * p.per_block / kLanes);
   Dot<KIND, TABLE, ROWS, OUTS> dot{u};
   for (int o = 0; o < OUTS; ++o) {
     dot.packed[o] = w.packed + (n + o) * w.packed_stride;
@@ -211,7 +196,7 @@ void dot_rows(const Job& job, const Unpacker& u, int64_t n, int64_t row, const R
   dot.per_block = p.per_block;
   dot.row_codes = p.padded;
   dot.row_lanes = p.blocks * kLanes;
-  dot.lane_entry = _mm512_load_si512(lane_entry);
+  dot.lane_entry = rs.lane_entry;
   const int64_t full = dot.bytes / (p.block_steps * u.step_bytes);
   for (int64_t b = 0; b < full; ++b) dot.template block<false>(b);
   for (int64_t b = full; b < p.blocks; ++b) dot.template block<true>(b);
@@ -256,6 +241,10 @@ void dot_kind(const Job& job, int64_t first, int64_t last) {
     rs.scales[o] = memory + 2 * o * size;
     rs.shifts[o] = memory + (2 * o + 1) * size;
   }
+  alignas(64) int32_t lane_entry[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane)
+    lane_entry[lane] = int32_t(lane * job.plan.per_block / kLanes);
+  rs.lane_entry = _mm512_load_si512(lane_entry);
   int64_t n = first;
   for (; n + kOuts <= last; n += kOuts) dot_outputs<KIND, TABLE, kOuts>(job, u, n, rs);
   for (; n < last; ++n) dot_outputs<KIND, TABLE, 1>(job, u, n, rs);
@@ -330,8 +319,11 @@ void unpack_panel(const Job& job, const Unpacker& u, int64_t n, const Panel& pan
   }
   uint8_t* to = panel.codes;
   int64_t at = 0;
+  const int64_t ahead = n + 32 <= w.n ? 16 * w.packed_stride : 0;
   for (int64_t s = 0; s < p.blocks * p.block_steps; ++s, at += u.step_bytes) {
     __m512i block[16];
+    for (int i = 0; i < 16; ++i)
+      _mm_prefetch(reinterpret_cast<const char*>(rows[i] + ahead + at), _MM_HINT_T0);
     if (at + u.step_bytes <= bytes)
       for (int i = 0; i < 16; ++i) block[i] = raw_step<KIND, false>(u, rows[i] + at, 0);
     else
@@ -610,7 +602,7 @@ void panel(const Job& job, int64_t first, int64_t last) {
   }
 }
 
-const Isa kIsa = {"avx512", kBytes, 8, quantize, dot, interleave, panel};
+const Isa kIsa = {"avx512", kBytes, 2, quantize, dot, interleave, panel};
 
 }  // namespace
 
