@@ -32,6 +32,7 @@ from modewright.modes.state import ModeState, parse_state, require_state_at_root
 from modewright.modes.storage import Tensors, read_manifest, read_tensors, write_checkpoint
 from modewright.modes.traits import NEEDS_RESTORE
 
+_WORTH_A_THREAD = 64 * 2**10  # bytes; a smaller tensor is hashed before a thread would begin
 _NOT_STORABLE = (torch.complex32, torch.complex128)
 
 
@@ -276,13 +277,17 @@ def _savable(name: str, value: object) -> torch.Tensor:
 def _checked_tensors(where: Path, manifest: Manifest) -> Tensors:
     """Read all tensors and compare their digests, which other threads compute meanwhile."""
     tensors: Tensors = {}
+    damaged: list[str] = []
     digests: dict[str, Future[str]] = {}
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for name, tensor in read_tensors(where, manifest):
             tensors[name] = tensor
-            digests[name] = pool.submit(tensor_digest, tensor)
+            if tensor.nbytes > _WORTH_A_THREAD:
+                digests[name] = pool.submit(tensor_digest, tensor)
+            elif tensor_digest(tensor) != manifest.tensors[name].sha256:
+                damaged.append(name)
     entries = manifest.tensors
-    damaged = [n for n, digest in digests.items() if digest.result() != entries[n].sha256]
+    damaged += [n for n, digest in digests.items() if digest.result() != entries[n].sha256]
     if damaged:
         raise CheckpointError(
             f"{where} is damaged: the SHA-256 of {len(damaged)} of {len(tensors)} tensors does not "
