@@ -43,7 +43,9 @@ def modes() -> str:
     for name, mode in REGISTRY.items():
         data = mode_data(mode)
         traits = [", ".join(f"`{t}`" for t in data[m]) for m in ("requires", "provides", "removes")]
-        closed_by = f"`{data['export_mode']}`" if data["export_mode"] else ""
+        closers = [data["export_mode"]] if data["export_mode"] else []
+        closers += [other for other, mode in REGISTRY.items() if name in mode.closes]
+        closed_by = ", ".join(f"`{closer}`" for closer in closers)
         rows.append([f"`{name}`", data["summary"], *traits, closed_by])
     return _table(["mode", "what it does", "requires", "provides", "removes", "closed by"], rows)
 

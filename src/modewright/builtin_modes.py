@@ -78,6 +78,14 @@ BUILTIN_MODES: dict[str, ModeRow] = {
         f"{_QUANTIZATION}:ExportQuantizeMode",
         "Fold the quantized weights into plain layers and remove the quantizers.",
     ),
+    "compress": ModeRow(
+        f"{_QUANTIZATION}:CompressMode",
+        "Store quantized weights in as many bits as they have, and run them like that.",
+    ),
+    "decompress": ModeRow(
+        f"{_QUANTIZATION}:DecompressMode",
+        "Unpack the weights into plain layers that any program knows.",
+    ),
 }
 
 default_registry = ModeRegistry(BUILTIN_MODES, entry_point_group=ENTRY_POINT_GROUP)

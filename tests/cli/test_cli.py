@@ -236,6 +236,16 @@ def test_the_options_of_every_verb_are_these() -> None:
 
     assert options == {
         "optimize": ["as_json", "dry_run", "model", "output", "recipe"],
+        "bench": [
+            "against",
+            "as_json",
+            "length",
+            "model",
+            "prompt",
+            "recipe",
+            "repeats",
+            "threads",
+        ],
         "inspect": ["as_json", "path"],
         "verify": ["as_json", "path"],
         "modes": ["as_json", "name"],

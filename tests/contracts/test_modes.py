@@ -48,6 +48,7 @@ EMBEDDING_TOO = {
     "targets": ["Linear", "Embedding", "Conv1d", "ConvTranspose1d"],
     "on_unmatched": "report",
 }
+ALL_LAYERS = {"targets": ["*"], "on_unmatched": "report"}
 UNSIGNED = {
     "rules": [
         {"targets": ["Linear"], "weights": {"num_bits": 3, "symmetric": False, "group_size": 5}},
@@ -137,6 +138,41 @@ REACH: dict[str, Reach] = {
         before={
             **{scheme: [quantized(scheme), "max_calibrate"] for scheme in SCHEMES},
             "not calibrated": [quantized("w8a16")],
+        },
+        calibrated=True,
+    ),
+    "compress": Reach(
+        configs={"defaults": None, "exact": {"scale_dtype": "float32"}},
+        before={
+            **{scheme: [quantized(scheme), "max_calibrate"] for scheme in (*SCHEMES, *SEARCHED)},
+            "everything": [quantized("w4a16", **ALL_LAYERS)],
+            "embedding too": [quantized("w4a16_asym", **EMBEDDING_TOO), "mse"],
+            "unsigned groups and outputs": [quantized("w8a8_static", **UNSIGNED), "max_calibrate"],
+            "chosen codes": [
+                quantized("w2a16"),
+                ("gptq", {"min_tokens": 1}),
+                ("learned_rounding", {"iterations": 2}),
+                ("lsq", {"epochs": 1}),
+            ],
+            "rotated": [quantized("w4a8"), ("hadamard", {"size": 2, "weights_too": True})],
+            "scaled, with a branch": [
+                quantized("w8a8"),
+                ("smoothquant", {"fold": False}),
+                ("svdquant", {"rank": 2}),
+            ],
+        },
+        calibrated=True,
+    ),
+    "decompress": Reach(
+        before={
+            **{scheme: [quantized(scheme), "max_calibrate", "compress"] for scheme in SCHEMES},
+            "everything": [quantized("w4a16", **ALL_LAYERS), "compress"],
+            "scaled, with a branch": [
+                quantized("w8a8"),
+                ("smoothquant", {"fold": False}),
+                ("svdquant", {"rank": 2}),
+                "compress",
+            ],
         },
         calibrated=True,
     ),

@@ -22,8 +22,11 @@ from modewright.formats.integer import integer_format
 from modewright.formats.scaling import (
     ScaleFormat,
     four_over_six,
+    global_scale_for,
     global_scale_of,
+    power_of_less_error,
     round_scale,
+    scale_for,
     scale_from_range,
 )
 from modewright.quantization.algorithms.max import max_scale
@@ -366,3 +369,43 @@ def test_only_integers_have_a_zero_point() -> None:
     unsigned = type(NF4)("unf4", NF4.values, signed=False)
     with pytest.raises(ConfigError, match="unf4 has no zero point"):
         scale_from_range(torch.zeros(1), torch.ones(1), unsigned)
+
+
+@pytest.mark.parametrize("name", ["fp4_e2m1", "fp6_e2m3", "fp8_e4m3", "int8"])
+def test_the_power_of_less_error_never_loses_to_that_of_the_specification(name: str) -> None:
+    fmt = format_named(name)
+    grouped = torch.randn(64, 8, 32, generator=torch.Generator().manual_seed(3))
+    grouped[:, :, 0] *= 3
+    chosen = power_of_less_error(grouped, fmt)
+    specified, _ = max_scale(grouped, fmt, "e8m0")
+
+    def error_of(scale: torch.Tensor) -> torch.Tensor:
+        return (fake_quantize(grouped, scale, None, fmt) - grouped).square().sum(-1)
+
+    assert (error_of(chosen) <= error_of(specified)).all()
+    assert set((chosen / specified).unique().tolist()) <= {1.0, 2.0}
+    if fmt is FP4_E2M1:
+        assert error_of(chosen).sum() < 0.95 * error_of(specified).sum()
+
+
+def test_where_the_largest_value_saturates_twice_the_power_is_taken() -> None:
+    grouped = torch.tensor([[[7.9, 1.0]], [[4.0, 0.5]]])
+
+    assert power_of_less_error(grouped, FP4_E2M1).flatten().tolist() == [2.0, 1.0]
+    assert power_of_less_error(grouped[:, :, :0], FP4_E2M1).shape == (2, 1)
+    assert not power_of_less_error(torch.full((1, 1, 2), math.nan), FP4_E2M1).isfinite()
+
+
+@pytest.mark.parametrize("scale_format", ["fp32", "e8m0", "e4m3"])
+def test_a_rule_says_how_scales_follow_from_values(scale_format: ScaleFormat) -> None:
+    grouped = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(4))
+    by_max = global_scale_for(grouped, FP4_E2M1, scale_format, "max")
+    by_error = global_scale_for(grouped, FP4_E2M1, scale_format, "least_error")
+    plain, _ = scale_for(grouped, FP4_E2M1, scale_format, by_max, "max")
+    better, _ = scale_for(grouped, FP4_E2M1, scale_format, by_error, "least_error")
+
+    assert torch.equal(plain, max_scale(grouped, FP4_E2M1, scale_format, by_max)[0])
+    if scale_format == "fp32":
+        assert torch.equal(better, plain)
+    else:
+        assert squared_error(grouped, better).sum() < squared_error(grouped, plain).sum()

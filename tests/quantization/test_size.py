@@ -20,11 +20,11 @@ def packed(model: nn.Module) -> int:
 @pytest.mark.parametrize(
     ("layer", "scheme", "bits"),
     [
-        pytest.param(lambda: nn.Linear(128, 4, bias=False), "w8a8", 512 * 8 + 4 * 16, id="w8a8"),
+        pytest.param(lambda: nn.Linear(128, 4, bias=False), "w8a8", 512 * 8 + 4 * 32, id="w8a8"),
         pytest.param(lambda: nn.Linear(130, 4, bias=False), "w4a16", 520 * 4 + 12 * 16, id="w4a16"),
-        pytest.param(lambda: nn.Linear(64, 4), "w8a16", 256 * 8 + 4 * 16 + 4 * 32, id="bias"),
+        pytest.param(lambda: nn.Linear(64, 4), "w8a16", 256 * 8 + 4 * 32 + 4 * 32, id="bias"),
         pytest.param(
-            lambda: nn.ConvTranspose1d(8, 4, 2, bias=False), "w8a16", 64 * 8 + 4 * 16, id="up"
+            lambda: nn.ConvTranspose1d(8, 4, 2, bias=False), "w8a16", 64 * 8 + 4 * 32, id="up"
         ),
     ],
 )
@@ -47,20 +47,20 @@ def test_one_scale_for_a_tensor_is_counted_once() -> None:
     model = nn.Sequential(nn.Linear(64, 4, bias=False))
     rules = [{"targets": ["0"], "weights": {"granularity": "tensor"}}]
     modewright.quantize(model, "w8a16", config={"rules": rules})
-    assert packed(model) == 256 + 2
+    assert packed(model) == 256 + 4
 
 
 def test_tied_weights_count_once() -> None:
     model = nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 10, bias=False))
     model[1].weight = model[0].weight
     modewright.quantize(model, "w8a16", config={"targets": ["Embedding", "Linear"]})
-    assert packed(model) == 640 + 10 * 2
+    assert packed(model) == 640 + 10 * 4
 
 
 def test_layers_that_are_not_quantized_count_as_they_are() -> None:
     model = nn.Sequential(nn.Linear(64, 4, bias=False), nn.Linear(4, 4, bias=False))
     modewright.quantize(model, "w8a16", config={"ignore": ["1"]})
-    assert packed(model) == (256 + 4 * 2) + 64
+    assert packed(model) == (256 + 4 * 4) + 64
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_layers_that_are_not_quantized_count_as_they_are() -> None:
         pytest.param("nvfp4_w4a16", 4 * (128 * 4 + 8 * 8) + 32, id="a scale of the tensor beside"),
         pytest.param("mxfp4_w4a16", 4 * (128 * 4 + 4 * 8), id="powers of two have 8 bits"),
         pytest.param("mxfp6", 4 * (128 * 6 + 4 * 8), id="six bits"),
-        pytest.param("fp8_block", 4 * 128 * 8 + 16, id="tiles"),
+        pytest.param("fp8_block", 4 * 128 * 8 + 32, id="tiles"),
         pytest.param("w2a16", 4 * (128 * 2 + 2 * (16 + 2)), id="two bits and zero points"),
     ],
 )
@@ -97,9 +97,9 @@ def test_every_quantized_parameter_is_counted(
 ) -> None:
     model = nn.Sequential(layer())
     modewright.quantize(model, "w8a16")
-    assert packed(model) == weights + channels * 2 + rest * 4
+    assert packed(model) == weights + channels * 4 + rest * 4
     modewright.apply_mode(model, "export_quantize")
-    assert packed(model) == weights + channels * 2 + rest * 4
+    assert packed(model) == weights + channels * 4 + rest * 4
 
 
 def test_a_low_rank_branch_counts_as_it_is() -> None:
@@ -119,3 +119,15 @@ def test_keys_and_values_weigh_nothing() -> None:
     plain = sum(p.numel() * 4 for p in model.parameters())
     modewright.quantize(model, "kv8")
     assert packed(model) == plain
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16_asym", "w3a16", "nvfp4", "mxfp6", "fp8_block"])
+def test_what_is_estimated_is_what_packing_gives(scheme: str) -> None:
+    model = nn.Sequential(nn.Embedding(10, 128), nn.Linear(128, 10, bias=False), nn.Linear(10, 4))
+    model[1].weight = model[0].weight
+    modewright.quantize(model, scheme, config={"targets": ["Embedding", "1"]})
+    expected = packed(model)
+    modewright.apply_mode(model, "compress")
+
+    assert packed(model) == expected
+    assert modewright.inspect(model).bytes == expected

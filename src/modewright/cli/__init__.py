@@ -18,8 +18,10 @@ from modewright.errors import ModewrightError, did_you_mean
 
 VERBS: dict[str, str] = {
     "optimize": "Optimize a model by a recipe; prove and measure what comes out.",
+    "bench": "Measure how fast and how large a model is, beside its original.",
     "inspect": "Say what a checkpoint holds.",
     "verify": "Check every byte of a checkpoint.",
+    "backends": "Show what multiplies packed weights on this machine, and why.",
     "modes": "List the modes, or explain one.",
     "recipes": "List the recipes, or show one.",
 }

@@ -38,11 +38,13 @@ from modewright.formats.floating import FP4_E2M1, FP8_E4M3, power_of_two_below, 
 from modewright.formats.integer import IntegerFormat
 
 ScaleFormat = Literal["fp32", "e8m0", "e4m3"]
+ScaleRule = Literal["max", "least_error"]
 
 SMALLEST_E8M0 = 2.0**-126  # one above the format's smallest, which float32 holds as a denormal
 LARGEST_E8M0 = 2.0**127
 SMALLEST_E4M3 = FP8_E4M3.smallest
 SMALLEST_FP32 = torch.finfo(torch.float32).tiny
+_FOUR_OVER_SIX = 256.0  # the largest fp8 number of which 3/2 is one too
 
 
 def scale_from_range(
@@ -84,6 +86,30 @@ def scale_from_range(
     return scale, zero_point
 
 
+def max_scale(
+    grouped: torch.Tensor,
+    fmt: NumberFormat,
+    scale_format: ScaleFormat = "fp32",
+    global_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return scale and zero point of every group of a tensor.
+
+    Args:
+        grouped: ``[rows, groups, group]``, any float dtype.
+        fmt: The format of the codes.
+        scale_format: What scales are rounded to.
+        global_scale: The tensor's scale, scalar; only for the scale format ``"e4m3"``.
+
+    Returns:
+        ``scale`` and ``zero_point`` (``None`` if the format is signed), ``[rows, groups]`` float32.
+    """
+    if not grouped.numel():
+        ones = torch.ones(grouped.shape[:2], device=grouped.device)
+        return ones, None if fmt.signed else torch.zeros_like(ones)
+    minimum, maximum = torch.aminmax(grouped.detach(), dim=-1)
+    return scale_from_range(minimum, maximum, fmt, scale_format, global_scale)
+
+
 def round_scale(
     scale: torch.Tensor, scale_format: ScaleFormat, global_scale: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -122,6 +148,43 @@ def global_scale_of(
     """
     level = amax.float() / (fmt.max_value * largest)
     return torch.where(level < SMALLEST_FP32 / SMALLEST_E4M3, torch.ones_like(level), level)
+
+
+def scale_for(
+    grouped: torch.Tensor,
+    fmt: NumberFormat,
+    scale_format: ScaleFormat,
+    global_scale: torch.Tensor | None,
+    rule: ScaleRule,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scale, and for an unsigned format the zero point, that a tensor gets by a rule.
+
+    Args:
+        grouped: ``[rows, groups, group]``, any float dtype.
+        fmt: The format of the values.
+        scale_format: What scales are rounded to.
+        global_scale: What :func:`global_scale_for` returned for the tensor.
+        rule: ``"max"``, see :func:`max_scale`; or ``"least_error"``, for the scale format
+            ``"e8m0"`` :func:`power_of_less_error` and for ``"e4m3"`` :func:`four_over_six`.
+
+    Returns:
+        Effective scale and zero point, ``[rows, groups]`` float32.
+    """
+    if rule == "max" or scale_format == "fp32":
+        return max_scale(grouped, fmt, scale_format, global_scale)
+    if global_scale is None:
+        return power_of_less_error(grouped, fmt), None
+    return four_over_six(grouped, global_scale), None
+
+
+def global_scale_for(
+    tensor: torch.Tensor, fmt: NumberFormat, scale_format: ScaleFormat, rule: ScaleRule
+) -> torch.Tensor | None:
+    """Return the scale of a whole tensor, scalar; ``None`` if the scale format has none."""
+    if scale_format != "e4m3":
+        return None
+    amax = tensor.detach().abs().amax() if tensor.numel() else tensor.new_ones(())
+    return global_scale_of(amax, fmt, FP8_E4M3.max_value if rule == "max" else _FOUR_OVER_SIX)
 
 
 def four_over_six(grouped: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import copy
 import importlib
 import importlib.util
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -34,6 +35,8 @@ from modewright.integrations.model_folder import (
     sha256_of,
     transformers_package,
 )
+from modewright.modes.empty import parameters_on_meta
+from modewright.runtime.layers import PackedLayer
 
 ALIGNMENT = 64  # bytes; what torch's own CPU allocator guarantees
 _DEMO = "demo:smollm2"
@@ -149,8 +152,9 @@ def build_from_config(folder: str | Path) -> nn.Module:
     """Build the architecture that a folder's ``config.json`` describes, without its weights.
 
     Buffers that no checkpoint stores (such as rotary frequencies) have their real values and tied
-    parameters are tied. Parameters and stored buffers are **uninitialised memory** in the dtype
-    that the config records: load a state dict before using the model.
+    parameters are tied. Parameters are on the **meta device** and take no memory, in the dtype that
+    the config records; stored buffers are uninitialised: load a state dict (``assign=True``)
+    before using the model.
 
     Returns:
         The model in evaluation mode.
@@ -165,7 +169,7 @@ def build_from_config(folder: str | Path) -> nn.Module:
     with _reading(f"The config in {str(folder)!r}", DataError):
         config = hf.AutoConfig.from_pretrained(folder, **_LOCAL)
         dtype = getattr(config, "dtype", None) or torch.float32
-        with _without_initialisation():
+        with _without_initialisation(), parameters_on_meta():
             model = hf.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=False
             )
@@ -194,6 +198,12 @@ def encode(tokenizer: Any) -> Callable[[str], list[int]]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     return encode_text
+
+
+def warm_up() -> None:
+    """Import what loading a model imports."""
+    with _quiet():
+        importlib.import_module("transformers.models.llama.modeling_llama")
 
 
 def _locate(source: str | Path) -> Path:
@@ -336,9 +346,15 @@ def _fill_derived_buffers(model: Any) -> None:
 
 
 def _main_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype that most floating-point elements of a model have."""
+    """Return the dtype that most floating-point elements of a model have, packed ones as read."""
     count: Counter[torch.dtype] = Counter()
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point():
-            count[tensor.dtype] += tensor.numel()
+    for module in model.modules():
+        stored: set[str] = set()
+        if isinstance(module, PackedLayer):
+            stored = set(module.record.buffers())
+            sizes = (math.prod(p.shape) for p in module.record.parameters.values())
+            count[module.compute_dtype] += sum(sizes)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in stored and tensor.is_floating_point():
+                count[tensor.dtype] += tensor.numel()
     return max(count, key=lambda dtype: count[dtype]) if count else torch.float32

@@ -8,8 +8,10 @@ before it touches the model, and puts the model back if something still does not
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from torch import nn
 from modewright.errors import ApplyModeError, CheckpointError
 from modewright.modes.apply import restore_records
 from modewright.modes.codec import join_tensors, split_tensors
+from modewright.modes.empty import has_lost_buffers, parameters_on_meta
 from modewright.modes.manifest import METADATA_PREFIX, Manifest, TensorEntry, migrate, tensor_digest
-from modewright.modes.model_like import all_modules, as_model, rewrapped, unwrap
+from modewright.modes.model_like import ModelLike, all_modules, as_model, rewrapped, unwrap
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.sequence import Position
 from modewright.modes.snapshot import Snapshot
@@ -29,6 +32,7 @@ from modewright.modes.state import ModeState, parse_state, require_state_at_root
 from modewright.modes.storage import Tensors, read_manifest, read_tensors, write_checkpoint
 from modewright.modes.traits import NEEDS_RESTORE
 
+_WORTH_A_THREAD = 64 * 2**10  # bytes; a smaller tensor is hashed before a thread would begin
 _NOT_STORABLE = (torch.complex32, torch.complex128)
 
 
@@ -101,7 +105,7 @@ def restore(
     values = any(record.descriptor.writes_in_place for record in state)
     with Snapshot(modules, values=values, enabled=bool(modules)):
         try:
-            restored = restore_records(root, state, atomic=False)
+            restored = _replayed(root, state)
         except ApplyModeError as error:
             raise CheckpointError(
                 f"{where} does not fit this model, which is as it was: mode {error.mode!r} could "
@@ -109,6 +113,23 @@ def restore(
             ) from error
         load_weights(restored, weights, manifest.aliases, where=str(where))
     return rewrapped(holder, restored)
+
+
+def _replayed(root: nn.Module | ModelLike, state: ModeState) -> nn.Module:
+    """Return the model with all modes restored; of a model-like, parameters without memory.
+
+    A class that needs the values of its parameters to be built gets them.
+    """
+    if isinstance(root, ModelLike):
+        try:
+            with parameters_on_meta():
+                empty = restore_records(root, state, atomic=False)
+        except (ApplyModeError, NotImplementedError, RuntimeError):
+            pass  # if it fails with real parameters too, that error is the one to show
+        else:
+            if not has_lost_buffers(empty):
+                return empty
+    return restore_records(root, state, atomic=False)
 
 
 def restore_from_mode_state(model: object, state: object, *, registry: ModeRegistry) -> nn.Module:
@@ -187,7 +208,7 @@ def load_weights(
     ties = _tied_parameters(model)
     loaded = {name: _on(expected[name], tensor) for name, tensor in weights.items()}
     for alias, name in aliases.items():
-        tied_here = expected[alias].data_ptr() == expected[name].data_ptr()
+        tied_here = _share_memory(expected[alias], expected[name])
         loaded[alias] = loaded[name] if tied_here else loaded[name].clone()
     try:
         model.load_state_dict(loaded, strict=True, assign=True)
@@ -254,13 +275,19 @@ def _savable(name: str, value: object) -> torch.Tensor:
 
 
 def _checked_tensors(where: Path, manifest: Manifest) -> Tensors:
-    """Read all tensors and compare their digests."""
+    """Read all tensors and compare their digests, which other threads compute meanwhile."""
     tensors: Tensors = {}
-    damaged = []
-    for name, tensor in read_tensors(where, manifest):
-        if tensor_digest(tensor) != manifest.tensors[name].sha256:
-            damaged.append(name)
-        tensors[name] = tensor
+    damaged: list[str] = []
+    digests: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for name, tensor in read_tensors(where, manifest):
+            tensors[name] = tensor
+            if tensor.nbytes > _WORTH_A_THREAD:
+                digests[name] = pool.submit(tensor_digest, tensor)
+            elif tensor_digest(tensor) != manifest.tensors[name].sha256:
+                damaged.append(name)
+    entries = manifest.tensors
+    damaged += [n for n, digest in digests.items() if digest.result() != entries[n].sha256]
     if damaged:
         raise CheckpointError(
             f"{where} is damaged: the SHA-256 of {len(damaged)} of {len(tensors)} tensors does not "
@@ -306,6 +333,13 @@ def _tied_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 
 def _on(own: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if own.is_meta else tensor.to(own.device)
+
+
+def _share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors of a state dict are one; those on the meta device have no address."""
+    if one.is_meta:
+        return bool(one.untyped_storage()._cdata == two.untyped_storage()._cdata)
+    return one.data_ptr() == two.data_ptr()
 
 
 def _is_plain(state: ModeState) -> bool:

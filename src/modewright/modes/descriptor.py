@@ -117,6 +117,11 @@ class ModeDescriptor(ABC, Generic[C]):
         return False
 
     @property
+    def closes(self) -> Set[str]:
+        """Modes that this export mode closes too, although they name another one for that."""
+        return frozenset()
+
+    @property
     def requires(self) -> Set[str]:
         """Traits that must hold before this mode."""
         return frozenset()

@@ -4,8 +4,8 @@
 A row comes from a table of built-in modes, from ``register(...)``, or from an installed package
 that declares the entry point group. Rows are loaded when they are asked for; a broken plug-in is an
 error for whoever asks for it, and for nobody else. The registry is checked on first use: a name in
-``next_modes``, ``next_prohibited_modes`` or ``export_mode`` that no row bears is an error, because
-a rule about a mode that does not exist would never fire.
+``next_modes``, ``next_prohibited_modes``, ``closes`` or ``export_mode`` that no row bears is an
+error, because a rule about a mode that does not exist would never fire.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def check_rules(mode: AnyMode, names: Iterable[str]) -> None:
         ConfigError: A rule contradicts another, a trait is unknown, or the config class is none.
     """
     known = set(names) | {mode.name}
-    for member in ("next_modes", "next_prohibited_modes"):
+    for member in ("next_modes", "next_prohibited_modes", "closes"):
         for name in sorted(getattr(mode, member) or ()):
             _require_known(mode, member, name, known)
     export = mode.export_mode

@@ -8,7 +8,8 @@ still open (the export stack), which traits hold. A mode may come next if
 2. so do those of the mode on top of the export stack, also when others were applied in between,
 3. no earlier mode that is still in force prohibits it; a mode is in force until its export mode
    has closed it, and one without an export mode for good,
-4. an export mode closes what lies on top of the stack, and nothing else,
+4. an export mode closes what lies on top of the stack, and nothing else: a mode that names it as
+   its ``export_mode``, or that it names in ``closes``,
 5. the traits it requires hold and those it forbids do not.
 """
 
@@ -109,7 +110,7 @@ class Position:
                 f"Mode {mode.name!r} closes another mode, but none is open on this model. Apply "
                 f"the mode that it exports first{_list(self.history, ' (applied so far: ', ')')}."
             )
-        if top.export_mode != mode.name:
+        if top.export_mode != mode.name and top.name not in mode.closes:
             raise IncompatibleModeError(
                 f"Mode {mode.name!r} cannot close {top.name!r}, the innermost open mode, whose "
                 f"export mode is {top.export_mode!r}. Apply {top.export_mode!r} first."
@@ -126,6 +127,7 @@ class Position:
         present = frozenset(mode.forbids) & self.traits
         if present:
             helpers = _modes_that("removes", present, registry)
+            helpers = [m for m in helpers if not frozenset(m.provides) & frozenset(mode.forbids)]
             raise IncompatibleModeError(
                 f"Mode {mode.name!r} cannot be applied to a model that is {_and(present)}, as this "
                 f"one is since {self._since(present)!r}."

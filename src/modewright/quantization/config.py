@@ -21,6 +21,8 @@ from modewright.quantization.schemes import NO_SCHEME, SCHEMES, scheme
 
 __all__ = [
     "AwqConfig",
+    "CompressConfig",
+    "DecompressConfig",
     "EntropyConfig",
     "ExportQuantizeConfig",
     "GptqConfig",
@@ -356,3 +358,17 @@ class LsqConfig(ModeConfig):
 
 class ExportQuantizeConfig(ModeConfig):
     """Config of mode ``export_quantize``: there is nothing to set."""
+
+
+class CompressConfig(ModeConfig):
+    """Config of mode ``compress``."""
+
+    scale_dtype: Literal["auto", "float16", "float32"] = Field(
+        default="auto",
+        description="As what scales of format fp32 are stored: 'auto' takes float16 for groups and "
+        "float32 where few share a tensor. What is too small or large for float16 is float32.",
+    )
+
+
+class DecompressConfig(ModeConfig):
+    """Config of mode ``decompress``: there is nothing to set."""

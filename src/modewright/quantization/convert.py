@@ -46,8 +46,12 @@ def quantize(model: nn.Module, config: QuantizeConfig) -> tuple[nn.Module, Metad
 
 def restore_quantize(model: nn.Module, metadata: Metadata) -> nn.Module:
     """Put the recorded quantizers back, without scales."""
-    for name, scheme in metadata["layers"].items():
-        insert_quantizers(layer_named(model, name), SchemeConfig.model_validate(scheme))
+    known: dict[str, SchemeConfig] = {}  # most layers have the same one
+    for name, recorded in metadata["layers"].items():
+        key = repr(recorded)
+        if key not in known:
+            known[key] = SchemeConfig.model_validate(recorded)
+        insert_quantizers(layer_named(model, name), known[key])
     call_parts(model)
     return model
 

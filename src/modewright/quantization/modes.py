@@ -15,6 +15,8 @@ from modewright.modes.traits import Trait
 from modewright.quantization.config import (
     AwqConfig,
     BiasCorrectionConfig,
+    CompressConfig,
+    DecompressConfig,
     EntropyConfig,
     ExportQuantizeConfig,
     GptqConfig,
@@ -316,3 +318,76 @@ class ExportQuantizeMode(ModeDescriptor[ExportQuantizeConfig]):
         from modewright.quantization import convert
 
         return convert.restore_export(model, metadata)
+
+
+class CompressMode(ModeDescriptor[CompressConfig]):
+    """Store quantized weights in as many bits as they have, and run them like that."""
+
+    name = "compress"
+    technique = "quantization"
+    config_class = CompressConfig
+    is_export_mode = True
+    closes = frozenset({"quantize"})
+    export_mode = "decompress"
+    requires = frozenset({Trait.FAKE_QUANTIZED})
+    removes = frozenset({Trait.FAKE_QUANTIZED, Trait.CALIBRATED})
+    provides = frozenset({Trait.PACKED})
+    writes_in_place = False
+
+    def convert(
+        self,
+        model: nn.Module,
+        config: CompressConfig,
+        *,
+        calibration: object = None,
+        on_batch: OnBatch | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> tuple[nn.Module, Metadata]:
+        """Pack; the metadata describes every packed layer, and says what stays as it is and why.
+
+        Keywords are not needed; they are accepted so that one ``mode_kwargs`` fits all.
+        """
+        from modewright.quantization import packing
+
+        return packing.compress(model, config)
+
+    def restore(self, model: nn.Module, config: CompressConfig, metadata: Metadata) -> nn.Module:
+        """Make room for the packed tensors."""
+        from modewright.quantization import packing
+
+        return packing.restore_compress(model, metadata)
+
+
+class DecompressMode(ModeDescriptor[DecompressConfig]):
+    """Unpack the weights into plain layers that any program knows."""
+
+    name = "decompress"
+    technique = "quantization"
+    config_class = DecompressConfig
+    is_export_mode = True
+    requires = frozenset({Trait.PACKED})
+    removes = frozenset({Trait.PACKED})
+    writes_in_place = False
+
+    def convert(
+        self,
+        model: nn.Module,
+        config: DecompressConfig,
+        *,
+        calibration: object = None,
+        on_batch: OnBatch | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> tuple[nn.Module, Metadata]:
+        """Unpack; the metadata lists the layers, and those whose activations are plain again.
+
+        Keywords are not needed; they are accepted so that one ``mode_kwargs`` fits all.
+        """
+        from modewright.quantization import unpacking
+
+        return unpacking.decompress(model)
+
+    def restore(self, model: nn.Module, config: DecompressConfig, metadata: Metadata) -> nn.Module:
+        """Give the recorded layers their own class back."""
+        from modewright.quantization import unpacking
+
+        return unpacking.restore_decompress(model, metadata)

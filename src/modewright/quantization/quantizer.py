@@ -26,19 +26,12 @@ from modewright.formats.affine import dequantize, fake_quantize, quantize
 from modewright.formats.catalogue import decode, encode, format_named
 from modewright.formats.floating import FP8_E4M3, round_float
 from modewright.formats.grouping import Grouping
-from modewright.formats.scaling import (
-    four_over_six,
-    global_scale_of,
-    power_of_less_error,
-    scale_from_range,
-)
-from modewright.quantization.algorithms.max import max_scale
+from modewright.formats.scaling import global_scale_for, scale_for, scale_from_range
 from modewright.quantization.representation import QuantizerConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_FOUR_OVER_SIX = 256.0  # the largest fp8 number of which 3/2 is one too
 BUFFERS = ("scale", "zero_point", "global_scale", "codes")
 
 
@@ -116,11 +109,8 @@ class Quantizer(nn.Module):
             grouped: What :attr:`grouping` makes of the tensor.
             level: The scale of the whole tensor, see :meth:`level_of`.
         """
-        if self.config.scale_rule == "max":
-            return max_scale(grouped, self.format, self.config.scale_format, level)
-        if level is None:
-            return power_of_less_error(grouped, self.format), None
-        return four_over_six(grouped, level), None
+        config = self.config
+        return scale_for(grouped, self.format, config.scale_format, level, config.scale_rule)
 
     @property
     def effective_scale(self) -> torch.Tensor | None:
@@ -261,11 +251,8 @@ class Quantizer(nn.Module):
 
     def fresh_level(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return what :meth:`level_of` returns before calibration."""
-        if self.config.scale_format != "e4m3":
-            return None
-        amax = tensor.detach().abs().amax() if tensor.numel() else tensor.new_ones(())
-        largest = _FOUR_OVER_SIX if self.config.scale_rule == "least_error" else FP8_E4M3.max_value
-        return global_scale_of(amax, self.format, largest)
+        config = self.config
+        return global_scale_for(tensor, self.format, config.scale_format, config.scale_rule)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ def mode_data(mode: ModeDescriptor[Any]) -> dict[str, Any]:
         "next_prohibited_modes": sorted(mode.next_prohibited_modes or ()),
         "export_mode": mode.export_mode,
         "is_export_mode": mode.is_export_mode,
+        "closes": sorted(mode.closes),
         "requires": trait_names(frozenset(mode.requires)),
         "provides": trait_names(frozenset(mode.provides)),
         "removes": trait_names(frozenset(mode.removes)),

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,11 +21,15 @@ from torch import nn
 from modewright.errors import CheckpointError
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model is; packed ones may have no parameters."""
+    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+
+
 def logits_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Return the logits of one window of tokens, ``[1, length, vocabulary]``."""
-    device = next(model.parameters()).device
     with torch.no_grad():
-        output = model(tokens.to(device))
+        output = model(tokens.to(device_of(model)))
     logits: torch.Tensor = getattr(output, "logits", output)
     return logits.detach().cpu().contiguous()
 

@@ -32,7 +32,7 @@ from modewright.quantization.modes import CalibratingMode
 from modewright.quantization.size import packed_bytes
 from modewright.recipes.schema import Recipe, RecipeStep
 from modewright.run.data import RunData, load_data
-from modewright.run.fresh_restore import fresh_logits, logits_of
+from modewright.run.fresh_restore import device_of, fresh_logits, logits_of
 from modewright.run.metering import Meter
 from modewright.run.progress import Progress
 from modewright.run.result import Check, Result, Skipped, StepResult
@@ -155,7 +155,7 @@ class Run:
         again = restore(subject.unmodified(folder), folder, registry=self.registry)
         same = tensors_identical(again.state_dict(), model.state_dict())
         if same and probe is not None:
-            again.train(model.training).to(next(model.parameters()).device)
+            again.train(model.training).to(device_of(model))
             same = tensors_identical(logits_of(again, probe), logits_of(model, probe))
         return same
 

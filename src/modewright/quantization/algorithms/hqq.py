@@ -26,8 +26,7 @@ import torch
 from modewright.errors import ConfigError
 from modewright.formats.affine import dequantize
 from modewright.formats.catalogue import NumberFormat
-from modewright.formats.scaling import ScaleFormat
-from modewright.quantization.algorithms.max import max_scale
+from modewright.formats.scaling import ScaleFormat, max_scale
 from modewright.quantization.algorithms.mse import BestScale, Scales, by_slabs, offer_fit
 
 

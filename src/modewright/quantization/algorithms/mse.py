@@ -29,8 +29,7 @@ from modewright.errors import ConfigError
 from modewright.formats.affine import dequantize, quantize
 from modewright.formats.catalogue import NumberFormat, code_values
 from modewright.formats.floating import FloatFormat
-from modewright.formats.scaling import ScaleFormat, round_scale, scale_from_range
-from modewright.quantization.algorithms.max import max_scale
+from modewright.formats.scaling import ScaleFormat, max_scale, round_scale, scale_from_range
 
 Scales = tuple[torch.Tensor, torch.Tensor | None]
 

@@ -31,14 +31,14 @@ class ExpertsForward(QuantizedLayer):
 
     @classmethod
     def arranged(cls, module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        if _is_transposed(module, name):
+        if is_transposed(module, name):
             tensor = tensor.transpose(1, 2)
         return tensor.flatten(0, 1)
 
     @classmethod
     def rearranged(cls, module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:  # noqa: D102
         shape = cast(torch.Tensor, module._parameters[name]).shape
-        if not _is_transposed(module, name):
+        if not is_transposed(module, name):
             return tensor.reshape(shape)
         return tensor.reshape(shape[0], shape[2], shape[1]).transpose(1, 2).contiguous()
 
@@ -63,7 +63,7 @@ def _fused(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _is_transposed(module: nn.Module, name: str) -> bool:
+def is_transposed(module: nn.Module, name: str) -> bool:
     """Whether a parameter is ``[experts, in, out]``: as the layer says, or as the sizes fit."""
     declared = module.__dict__.get("is_transposed")
     if isinstance(declared, bool):

@@ -25,8 +25,9 @@ from modewright.quantization.quantizer import Quantizer
 from modewright.quantization.representation import SchemeConfig
 
 NAME = "modewright_kv"
+_QUANTIZED = "_modewright_quantized"
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
-_CACHES = ("past_key_values", "past_key_value")
+_CACHES = ("cache", "past_key_values", "past_key_value")  # the argument, newest name first
 
 
 class _Routed(str):
@@ -103,6 +104,12 @@ def is_kv_attention(module: nn.Module) -> bool:
     )
 
 
+def mark_quantized(tensor: torch.Tensor) -> torch.Tensor:
+    """Note on keys or values that they were quantized before: by a cache that stores them so."""
+    setattr(tensor, _QUANTIZED, True)
+    return tensor
+
+
 def _attend(
     module: nn.Module,
     query: torch.Tensor,
@@ -116,9 +123,9 @@ def _attend(
     cls = own_class(type(layer))
     behind = layer.__dict__["config"]._attn_implementation
     function = _table_of(cls).get_interface(behind, _eager_function(cls))
-    if layer.key_quantizer is not None:
+    if layer.key_quantizer is not None and not hasattr(key, _QUANTIZED):
         key = layer.key_quantizer(key)
-    if layer.value_quantizer is not None:
+    if layer.value_quantizer is not None and not hasattr(value, _QUANTIZED):
         value = layer.value_quantizer(value)
     return function(module, query, key, value, *args, **kwargs)
 

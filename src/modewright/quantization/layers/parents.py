@@ -15,6 +15,7 @@ from torch import nn
 from modewright.quantization.layers.base import QuantizedLayer, own_class
 from modewright.quantization.layers.registry import insert_quantizers
 from modewright.quantization.representation import SchemeConfig
+from modewright.runtime.layers import PackedLayer
 
 
 class CallsParts(nn.Module):
@@ -58,4 +59,4 @@ def _has_fused_kernel(module: nn.Module) -> bool:
 
 
 def _quantized(module: nn.Module) -> bool:
-    return any(isinstance(part, QuantizedLayer) for part in module.modules())
+    return any(isinstance(part, (QuantizedLayer, PackedLayer)) for part in module.modules())

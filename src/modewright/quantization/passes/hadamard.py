@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from modewright.formats.hadamard import rotate_last
 from modewright.matching import require_matches
-from modewright.quantization.algorithms.hadamard import rotate_last
 from modewright.quantization.blockwise import OnBlock
 from modewright.quantization.config import HadamardConfig
 from modewright.quantization.convert import quantized_layers

@@ -35,7 +35,12 @@ from modewright.quantization.config import (
 )
 from modewright.quantization.convert import quantized_layers, quantizers
 from modewright.quantization.layers import QuantizedLayer
-from modewright.quantization.passes.records import buffers_of, row_weights, set_max_scale
+from modewright.quantization.passes.records import (
+    buffers_of,
+    row_weights,
+    set_max_scale,
+    settle_shared,
+)
 from modewright.quantization.precision import automatic_precision
 from modewright.quantization.quantizer import Quantizer
 
@@ -159,6 +164,7 @@ def _calibrate(
         for parameter, quantizer in layer.quantized_parameters().items():
             if not quantizer.config.dynamic:
                 choice.weight_scale(name, layer, parameter)
+    settle_shared(model)
     blind = _observe(model, choice, calibration, on_batch)
     if blind and config.require_data:
         raise DataError(

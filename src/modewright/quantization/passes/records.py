@@ -12,7 +12,7 @@ from torch import nn
 from modewright.errors import DataError
 from modewright.quantization.convert import layer_named, quantized_layers, quantizers
 from modewright.quantization.layers import QuantizedLayer
-from modewright.quantization.quantizer import Quantizer
+from modewright.quantization.quantizer import BUFFERS, Quantizer
 
 Metadata = dict[str, Any]
 NOT_REACHED = "this mode does not reach it: its weight has max scales"
@@ -62,6 +62,25 @@ def row_weights(rows: torch.Tensor, limit: float | None) -> torch.Tensor:
     return weights
 
 
+def settle_shared(model: nn.Module) -> None:
+    """Give layers that share a weight the same scales and codes, so that it can be stored once.
+
+    A layer that multiplies by the weight decides for a table that rows of it are looked up in: it
+    is the one that knows how much each input counts.
+    """
+    holders: dict[int, list[tuple[QuantizedLayer, Quantizer]]] = {}
+    for layer in quantized_layers(model).values():
+        for name, quantizer in layer.quantized_parameters().items():
+            if layer.low_rank_up is None:
+                holders.setdefault(id(layer.own_parameter(name)), []).append((layer, quantizer))
+    for sharing in holders.values():
+        _, chosen = next((pair for pair in sharing if pair[0].has_rows), sharing[0])
+        for _, quantizer in sharing:
+            if quantizer.config == chosen.config and chosen.scale is not None:
+                for buffer in BUFFERS:
+                    setattr(quantizer, buffer, getattr(chosen, buffer))
+
+
 def finish(model: nn.Module, blocks: Mapping[str, Metadata]) -> Metadata:
     """Return the metadata of a pass: what it did to each layer, and every buffer that is there.
 
@@ -85,6 +104,7 @@ def finish(model: nn.Module, blocks: Mapping[str, Metadata]) -> Metadata:
                 if name not in known:
                     known.add(name)
                     skipped.append({"module": name, "reason": NOT_REACHED})
+    settle_shared(model)
     return {
         **buffers_of(model),
         "solved": {name: entry for name, entry in layers.items() if entry},

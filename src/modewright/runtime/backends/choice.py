@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend multiplies, and the product itself.
+
+The choice depends on the weight's spec, the device, the dtype, how activations are quantized, and
+whether there are few rows (decoding) or many. It is made once for each weight and kept with what
+the backend prepared.
+
+Where something looks at the operations and not at the result, the portable backend serves, which
+consists of torch's own: when a gradient is needed, while a model is traced, compiled or exported,
+and for subclasses of tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from modewright.errors import ConfigError
+from modewright.runtime.backends.base import FEW_ROWS, Backend, Case
+from modewright.runtime.backends.measure import fastest
+from modewright.runtime.backends.portable import portable_linear
+from modewright.runtime.backends.table import backend_named, backends
+from modewright.runtime.packed_weight import PackedWeight
+
+SWITCH = "MODEWRIGHT_BACKENDS"
+"""Set to ``measure``, backends are chosen by timing them on every new kind of weight."""
+
+_Plan = tuple[Backend, Any]
+_plans: WeakKeyDictionary[PackedWeight, dict[Any, _Plan]] = WeakKeyDictionary()
+_allowed: list[tuple[str, ...]] = []
+
+
+def linear(
+    weight: PackedWeight,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    act: str | None = None,
+    act_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x @ weight.T + bias``.
+
+    Args:
+        weight: ``[N, K]``.
+        x: ``[..., K]``, any float dtype, on the device of the weight.
+        bias: ``[N]`` or ``None``.
+        act: How activations are quantized first: ``None``, ``"int8_token"`` or ``"int8_tensor"``.
+        act_scale: The scale of all activations, one float32; for ``"int8_tensor"``.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+
+    Raises:
+        ConfigError: Shapes or devices do not go together.
+    """
+    if (
+        type(x) is not torch.Tensor
+        or (x.requires_grad and torch.is_grad_enabled())
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return portable_linear(x, weight, bias, act, act_scale)
+    shape = x.shape
+    columns = weight.spec.shape[1]
+    if not shape or shape[-1] != columns:
+        raise ConfigError(
+            f"expected activations [..., {columns}] for {weight.spec}; received {list(shape)}."
+        )
+    few = x.numel() <= FEW_ROWS * columns
+    key = (x.dtype, x.is_cpu, act, few)
+    kept = _plans.get(weight)
+    plan = None if kept is None else kept.get(key)
+    if plan is None or _allowed:
+        plan = _new_plan(weight, x, act, key)
+    return plan[0].linear(x, plan[1], bias, act, act_scale)
+
+
+def choose(case: Case, *, copies: bool = True, measure: bool = False) -> Backend:
+    """Return the first backend of the table that does not refuse a case, or the fastest one.
+
+    Args:
+        case: What is to be multiplied.
+        copies: Whether backends may keep a second copy of the weight.
+        measure: Time all that do not refuse on a weight of random numbers; the result is kept as
+            long as the process runs.
+    """
+    names = _allowed[-1] if _allowed else tuple(backends())
+    willing = [
+        backend
+        for backend in map(backend_named, names)
+        if (copies or not backend.copies) and backend.refuses(case) is None
+    ]
+    if measure and len(willing) > 1:
+        return fastest(case, tuple(willing))
+    return willing[0] if willing else backend_named("portable")
+
+
+@contextmanager
+def using(*names: str) -> Iterator[None]:
+    """Let only these backends serve, and the portable one where they refuse; for measurements.
+
+    Raises:
+        ConfigError: There is no backend of such a name.
+    """
+    for name in names:
+        backend_named(name)
+    _allowed.append(names)
+    try:
+        yield
+    finally:
+        _allowed.pop()
+
+
+def _new_plan(weight: PackedWeight, x: torch.Tensor, act: str | None, key: Any) -> _Plan:
+    """Choose a backend and let it prepare the weight, or find that this was done."""
+    if x.device != weight.device:
+        raise ConfigError(
+            f"expected activations on {weight.device}, where the packed weight is; received them "
+            f"on {x.device}."
+        )
+    rows = x.numel() // max(x.shape[-1], 1)
+    case = Case(weight.spec, x.device.type, x.dtype, act, rows)
+    backend = choose(case, measure=os.environ.get(SWITCH) == "measure")
+    kept = _plans.setdefault(weight, {})
+    plan = kept.get((backend.name,))
+    if plan is None:
+        plan = kept[(backend.name,)] = (backend, backend.prepare(weight))
+    if not _allowed:
+        kept[key] = plan
+    return plan

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch's product of two int8 matrices, for GPUs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from modewright.runtime.backends.activations import int8_codes
+from modewright.runtime.backends.base import Backend, Case, fitting, short
+from modewright.runtime.packed_weight import PackedWeight
+
+_FEWEST_ROWS = 17  # cuBLASLt refuses fewer
+
+
+class IntMmWeight(NamedTuple):
+    """What the product takes."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+
+class IntMm(Backend):
+    """``torch._int_mm``, for many rows on a GPU."""
+
+    name = "int-mm"
+    summary = "torch's int8 product on a GPU; signed weights"
+    needs = "int8 with a scale per channel, int8 activations, a GPU, sizes a multiple of 8"
+    accuracy = 1e-5
+    copies = True
+
+    def refuses(self, case: Case) -> str | None:  # noqa: D102
+        spec = case.spec
+        if case.device != "cuda":
+            return f"it runs on a GPU, not on {case.device}"
+        if spec.format != "int8" or spec.granularity != "channel" or spec.scale_format != "fp32":
+            return f"it multiplies by int8 with a scale per channel, not {short(spec)}"
+        if case.act not in ("int8_token", "int8_tensor"):
+            return "it needs int8 activations"
+        if spec.shape[0] % 8 or spec.shape[1] % 8 or 0 in spec.shape:
+            return f"sizes are multiples of 8; here {list(spec.shape)}"
+        if case.rows < _FEWEST_ROWS:
+            return f"it needs {_FEWEST_ROWS} rows"
+        return None
+
+    def prepare(self, weight: PackedWeight) -> IntMmWeight:  # noqa: D102
+        codes = weight.codes().view(torch.int8)
+        return IntMmWeight(codes.contiguous(), weight.effective_scale().flatten().contiguous())
+
+    def linear(  # noqa: D102
+        self,
+        x: torch.Tensor,
+        prepared: IntMmWeight,
+        bias: torch.Tensor | None,
+        act: str | None,
+        act_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        codes, scale = int8_codes(x.reshape(-1, x.shape[-1]), act, act_scale)
+        missing = _FEWEST_ROWS - len(codes)
+        if missing > 0:  # chosen for many rows, called with the last few of a data set
+            codes = torch.cat([codes, codes.new_zeros(missing, codes.shape[1])])
+        product = torch._int_mm(codes.to(torch.int8), prepared.codes.t())[: len(scale)]
+        return fitting(product.float() * scale * prepared.scale, x, bias)
+
+    def extra_bytes(self, prepared: Any) -> int:  # noqa: D102
+        return int(prepared.codes.nbytes + prepared.scale.nbytes)

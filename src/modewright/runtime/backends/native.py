@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""modewright's own kernel: reads the packed layout as it is, multiplies in int8."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from modewright.errors import ConfigError
+from modewright.runtime.backends.base import Backend, Case, cpu_problem
+from modewright.runtime.native.library import (
+    ACTIVATIONS,
+    BEST,
+    DTYPES,
+    ISAS,
+    NO_BIAS,
+    Library,
+    NativeWeight,
+    format_problem,
+    library,
+)
+from modewright.runtime.packed_weight import PackedWeight
+
+_TWO_TERMS = 1 << 6
+
+
+class Native(Backend):
+    """The kernel of :mod:`modewright.runtime.native`.
+
+    Activations become int8: with a scale for up to 128 inputs where the scheme leaves them alone,
+    as the scheme says otherwise. A row that holds a NaN or an infinity gives a row of NaN (with
+    ``int8_tensor`` an infinity saturates, as it does in the scheme).
+
+    Args:
+        isa: The instruction set, for tests; the best one by default.
+        terms: Into how many int8 numbers an activation is cut: 2 has an error of 1e-4.
+    """
+
+    name = "native"
+    summary = "own kernel: int8 x packed codes, straight from the packed bytes"
+    needs = "AVX2 or AVX-512 VNNI; a C++ compiler at first use, or a wheel with the library"
+    accuracy = 2e-2
+
+    def __init__(self, isa: str | None = None, terms: int = 1) -> None:
+        self.isa = isa
+        self.terms = terms
+        self._place = BEST if isa is None else ISAS.index(isa)
+
+    def refuses(self, case: Case) -> str | None:  # noqa: D102
+        problem = cpu_problem(case) or format_problem(case.spec)
+        if problem is not None:
+            return problem
+        if case.act not in ACTIVATIONS:
+            return f"it knows no activations like {case.act}"
+        found = library()
+        if isinstance(found, str):
+            return found
+        isa = self.isa or found.isas[-1]
+        if isa not in found.isas:
+            return f"this CPU has no {isa}"
+        if self.isa is None and isa == "scalar":
+            return "this CPU has neither AVX2 nor AVX-512 VNNI"
+        if 0 in case.spec.shape:
+            return "the weight is empty"
+        if not found.fits(case.spec, case.act, isa):
+            return f"groups of {case.spec.tile[1]} do not fit registers of {isa}"
+        return None
+
+    def prepare(self, weight: PackedWeight) -> NativeWeight:  # noqa: D102
+        return NativeWeight(weight)
+
+    def linear(  # noqa: D102
+        self,
+        x: torch.Tensor,
+        prepared: NativeWeight,
+        bias: torch.Tensor | None,
+        act: str | None,
+        act_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        dtype = x.dtype
+        kind = DTYPES.get(dtype)
+        if kind is None:
+            return self.linear(x.float(), prepared, bias, act, act_scale).to(dtype)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        rows, columns = prepared.rows, prepared.columns
+        result = x.new_empty((*x.shape[:-1], rows))
+        bias_at, bias_kind = 0, NO_BIAS
+        if bias is not None:
+            if bias.dtype not in DTYPES or not bias.is_contiguous():
+                bias = bias.float().contiguous()
+            bias_at, bias_kind = bias.data_ptr(), DTYPES[bias.dtype]
+        options = kind | bias_kind << 2 | ACTIVATIONS[act] << 4 | self._place << 7
+        options |= torch.get_num_threads() << 9
+        if self.terms == 2 and act is None:
+            options |= _TWO_TERMS
+        if (
+            prepared.packed.data_ptr() != prepared.packed_at
+            or prepared.scale.data_ptr() != prepared.scale_at
+        ):
+            prepared.locate()
+        failed = cast(Library, library()).linear(
+            prepared.address,
+            x.data_ptr(),
+            x.numel() // columns,
+            bias_at,
+            result.data_ptr(),
+            1.0 if act_scale is None else float(act_scale),
+            options,
+        )
+        if failed:
+            raise ConfigError(
+                "the kernel cannot multiply by this weight: "
+                f"{'its groups do not fit' if failed == 1 else 'memory ran out'}. Set "
+                "MODEWRIGHT_NATIVE=0 to go without it."
+            )
+        return result

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the kernel library and describes packed weights to it.
+
+``MODEWRIGHT_NATIVE=0`` switches it off. :func:`library` never raises: where there is none it
+returns the reason.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+
+import torch
+
+from modewright.errors import ModewrightError
+from modewright.formats.catalogue import code_values
+from modewright.runtime.native.build import library_path
+from modewright.runtime.packed_spec import PackedSpec
+from modewright.runtime.packed_weight import PackedWeight
+
+SWITCH = "MODEWRIGHT_NATIVE"
+ISAS = ("scalar", "avx2", "avx512")
+BEST = 3
+ACTIVATIONS = {None: 0, "int8_token": 1, "int8_tensor": 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+NO_BIAS = 2
+_SCALE_KINDS = {"float32": 0, "float16": 1, "uint8": 2, "float8_e4m3fn": 3}
+# Formats whose values are small whole numbers of some unit: (units in 1, what is added to them)
+_TABLES = {"fp4_e2m1": (2, 12), "fp6_e2m3": (8, 60)}
+
+
+class WeightStruct(ctypes.Structure):
+    """``mw::Weight`` of ``source/kernel.h``."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("zero_point", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("packed_stride", ctypes.c_int64),
+        ("scale_stride", ctypes.c_int64),
+        ("zero_point_stride", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("rows_per_scale", ctypes.c_int64),
+        ("num_bits", ctypes.c_int32),
+        ("scale_kind", ctypes.c_int32),
+        ("zero", ctypes.c_int32),
+        ("multiplier", ctypes.c_float),
+    )
+
+
+class Library:
+    """The functions of the library."""
+
+    def __init__(self, path: str) -> None:
+        loaded = ctypes.CDLL(path)
+        self.linear = loaded.mw_linear
+        self.linear.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int),
+        ]
+        self.linear.restype = ctypes.c_int
+        self._fits = loaded.mw_fits
+        self._fits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        self._name = loaded.mw_isa
+        self._name.argtypes = [ctypes.c_int]
+        self._name.restype = ctypes.c_char_p
+        self.isas = tuple(name for place, name in enumerate(ISAS) if self._name(place) is not None)
+
+    def fits(self, spec: PackedSpec, act: str | None, isa: str) -> bool:
+        """Whether an instruction set can multiply by such weights."""
+        struct, _ = struct_of_spec(spec)
+        place, activation = ISAS.index(isa), ACTIVATIONS[act]
+        return bool(self._fits(ctypes.addressof(struct), place, activation))
+
+
+def library() -> Library | str:
+    """Return the library, or why there is none."""
+    if os.environ.get(SWITCH, "1") == "0":
+        return f"switched off by {SWITCH}=0"
+    return _loaded()
+
+
+@cache
+def _loaded() -> Library | str:
+    try:
+        return Library(str(library_path()))
+    except (ModewrightError, OSError) as error:
+        return str(error)
+
+
+def format_problem(spec: PackedSpec) -> str | None:
+    """Return why the kernel cannot read a format, or ``None``."""
+    if spec.format in _TABLES or spec.format.removeprefix("u").startswith("int"):
+        return None
+    return f"{spec.format} is not a format of small whole numbers"
+
+
+def struct_of_spec(spec: PackedSpec) -> tuple[WeightStruct, ctypes.Array[ctypes.c_uint8] | None]:
+    """Return what a spec says of a weight, and the table that the struct points to."""
+    rows, columns = spec.shape
+    high, wide = spec.tile
+    shapes = spec.tensor_shapes()
+    struct = WeightStruct(n=rows, k=columns, group=wide, rows_per_scale=high)
+    struct.num_bits = spec.num_bits
+    struct.packed_stride = shapes["packed"][0][1]
+    struct.scale_stride = shapes["scale"][0][1]
+    struct.scale_kind = _SCALE_KINDS[spec.scale_dtype]
+    struct.multiplier = 1.0
+    struct.zero = 1 << (spec.num_bits - 1)
+    if spec.has_zero_point:
+        struct.zero_point_stride = shapes["zero_point"][0][1]
+    table = None
+    if spec.format in _TABLES:
+        units, struct.zero = _TABLES[spec.format]
+        values = code_values(spec.number_format)
+        numbers = [int(value * units) + struct.zero for value in values]
+        table = (ctypes.c_uint8 * 64)(*numbers * (64 // len(numbers)))
+        struct.table = ctypes.addressof(table)
+        struct.multiplier = 1.0 / units
+    return struct, table
+
+
+class NativeWeight:
+    """A packed weight as the kernel reads it: where its tensors are. Nothing is copied."""
+
+    __slots__ = ("address", "columns", "kept", "packed", "packed_at", "rows", "scale", "scale_at")
+
+    def __init__(self, weight: PackedWeight) -> None:
+        struct, table = struct_of_spec(weight.spec)
+        if weight.global_scale is not None:
+            struct.multiplier *= float(weight.global_scale)
+        self.rows, self.columns = weight.spec.shape
+        self.packed, self.scale = weight.packed, weight.scale
+        self.kept = (struct, table, weight.zero_point)
+        self.address = ctypes.addressof(struct)
+        self.locate()
+
+    def locate(self) -> None:
+        """Take the addresses anew: sharing a model's memory between processes moves tensors."""
+        struct, _, zero_point = self.kept
+        self.packed_at = struct.packed = self.packed.data_ptr()
+        self.scale_at = struct.scale = self.scale.data_ptr()
+        if zero_point is not None:
+            struct.zero_point = zero_point.data_ptr()

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x W^T + bias, where W is packed: unsigned codes of 2 to 8 bits, a scale per group of inputs.
+//
+// How it is computed. Every row of x becomes int8: a scale per group of inputs (or per row, or one
+// that is given), so that products are u8 x s8 summed in int32. What was summed is converted to
+// float once per group, times both scales. The zero point of the codes costs the sum of the int8
+// numbers of the group, which is known before.
+//
+// K is cut into *steps*, what one vector register holds as packed bytes; several steps that share
+// all scales are a *block*; a block has one *entry* (one scale), or several if groups are smaller
+// than a step. Inside a step the int8 numbers are permuted as unpacking permutes the codes: first
+// those that meet the lowest bits of each byte, and so on.
+#pragma once
+#include <cstdint>
+
+namespace mw {
+
+// Mirrored by modewright.runtime.native.library.WeightStruct.
+struct Weight {
+  const uint8_t* packed;      // [n][packed_stride], a dense stream of bits per row
+  const void* scale;          // [ceil(n / rows_per_scale)][scale_stride], scale_kind
+  const uint8_t* zero_point;  // [..][zero_point_stride], packed like the codes, or null
+  const uint8_t* table;       // 64 numbers that codes stand for, or null: the code itself
+  int64_t n, k;
+  int64_t packed_stride, scale_stride, zero_point_stride;
+  int64_t group;              // inputs that share a scale; k or more: all of a row
+  int64_t rows_per_scale;
+  int32_t num_bits;
+  int32_t scale_kind;         // float32, float16, e8m0, e4m3, as in ScaleKind
+  int32_t zero;               // the number that stands for 0 (where zero_point is null)
+  float multiplier;           // all scales are to be multiplied with it
+};
+
+enum ScaleKind { kFloat32 = 0, kFloat16 = 1, kE8M0 = 2, kE4M3 = 3 };
+enum Dtype { kF32 = 0, kBF16 = 1, kNone = 2 };
+enum Activation { kGroup = 0, kToken = 1, kTensor = 2 };
+
+struct Plan {
+  int64_t fields;       // codes of a byte that are taken apart by shifts: 4, 2 or 1
+  int64_t step;         // inputs in a step
+  int64_t step_bytes;   // packed bytes of a step
+  int64_t block_steps;  // steps in a block
+  int64_t blocks;
+  int64_t per_block;    // entries in a block
+  int64_t entry;        // inputs in an entry
+  int64_t entries;
+  int64_t padded;       // blocks * block_steps * step
+};
+
+// All that a kernel reads. "rows" are rows of int8 numbers: two for one of x in high accuracy.
+struct Job {
+  const Weight* weight;
+  Plan plan;
+  int64_t rows;
+  int8_t* codes;       // [rows][padded]
+  float* scales;       // [rows][entries]
+  int32_t* sums;       // [rows][entries]: sum of the codes
+  int32_t* starts;     // [rows][blocks][lanes]: -zero * the sum of the codes that meet in a lane
+  float* lane_scales;  // [rows][blocks][lanes]
+  int8_t* tiles;       // codes again, interleaved for the panel kernel
+  float* out;          // [rows][n]
+};
+
+// One instruction set.
+struct Isa {
+  const char* name;
+  int64_t vector_bytes;
+  int64_t dot_rows;  // up to so many rows the dot kernel is the faster one
+  void (*quantize)(const Job&, const void* x, Dtype, int64_t row, Activation, float scale,
+                   int terms);
+  void (*dot)(const Job&, int64_t first, int64_t last);
+  void (*interleave)(const Job&);                           // null: there is no panel kernel
+  void (*panel)(const Job&, int64_t first, int64_t last);
+};
+
+const Isa* scalar_isa();
+const Isa* avx2_isa();    // null where the compiler does not know it
+const Isa* avx512_isa();
+
+}  // namespace mw

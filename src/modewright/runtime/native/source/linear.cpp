@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// The entry points: choose the instruction set, cut the work, run it, write the result.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel.h"
+#include "pool.h"
+
+namespace mw {
+namespace {
+
+const Isa* isa_at(int place) {  // best first; 3 is "the best there is"
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512vnni") &&
+                      __builtin_cpu_supports("avx512vbmi") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+#else
+  const bool avx2 = false, avx512 = false;
+#endif
+  switch (place) {
+    case 0: return scalar_isa();
+    case 1: return avx2 ? avx2_isa() : nullptr;
+    case 2: return avx512 ? avx512_isa() : nullptr;
+    default: return nullptr;
+  }
+}
+
+const Isa* best_isa() {
+  for (int place = 2; place > 0; --place)
+    if (const Isa* isa = isa_at(place)) return isa;
+  return scalar_isa();
+}
+
+int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
+
+int64_t up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+
+constexpr int64_t kLargestEntry = 128;  // inputs that share a scale of x
+
+// False where groups are too small or too odd for the registers.
+bool make_plan(const Weight& w, const Isa& isa, Activation activation, Plan* plan) {
+  const int64_t bytes = isa.vector_bytes, lanes = bytes / 4;
+  Plan& p = *plan;
+  const bool whole = 8 % w.num_bits == 0;
+  p.fields = whole && bytes > 4 ? 8 / w.num_bits : 1;
+  p.step = bytes > 4 ? bytes * p.fields : 1;
+  p.step_bytes = whole ? bytes : p.step * w.num_bits / 8;
+  const int64_t group = w.group >= w.k ? 0 : w.group;  // 0: one scale in a row
+  const int64_t shared = gcd(group, p.step);
+  if (p.step > 1 && shared % (p.step / lanes)) return false;
+  p.per_block = p.step / shared;
+  p.block_steps = 1;
+  if (p.per_block == 1) {
+    const int64_t steps = group ? group / p.step : up(w.k, p.step);
+    p.block_steps = steps;
+    if (activation == kGroup) {
+      p.block_steps = kLargestEntry / p.step < 1 ? 1 : kLargestEntry / p.step;
+      if (group) p.block_steps = gcd(steps, p.block_steps);
+    }
+  }
+  if (p.block_steps < 1) p.block_steps = 1;
+  p.blocks = up(up(w.k, p.step), p.block_steps);
+  p.entry = p.block_steps * p.step / p.per_block;
+  p.entries = p.blocks * p.per_block;
+  p.padded = p.blocks * p.block_steps * p.step;
+  return true;
+}
+
+uint16_t bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40u);
+  return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+float float_at(const void* from, Dtype dtype, int64_t i) {
+  if (dtype == kNone) return 0;
+  if (dtype == kF32) return static_cast<const float*>(from)[i];
+  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(from)[i]) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+struct Output {
+  void* y;
+  Dtype dtype, bias_dtype;
+  const void* bias;
+  int terms;
+};
+
+void finish(const Job& job, const Output& out, int64_t rows, int64_t first, int64_t last) {
+  const int64_t n = job.weight->n;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = job.out + r * out.terms * n;
+    float* f32 = static_cast<float*>(out.y) + r * n;
+    uint16_t* bf16 = static_cast<uint16_t*>(out.y) + r * n;
+    for (int64_t i = first; i < last; ++i) {
+      float value = from[i];
+      if (out.terms == 2) value += from[n + i];
+      value += float_at(out.bias, out.bias_dtype, i);
+      if (out.dtype == kF32) f32[i] = value;
+      else bf16[i] = bfloat16(value);
+    }
+  }
+}
+
+struct Arena {
+  char* memory;
+  size_t used = 0;
+  explicit Arena(size_t size) : memory(static_cast<char*>(std::aligned_alloc(64, up(size, 64) * 64))) {}
+  ~Arena() { std::free(memory); }
+  template <class T>
+  T* take(size_t count) {
+    T* at = reinterpret_cast<T*>(memory + used);
+    used += up(count * sizeof(T), 64) * 64;
+    return at;
+  }
+};
+
+// One call for so many rows of x that all they need fits the caches of a core or nearly so.
+bool run(const Weight& w, const Isa& isa, const Plan& plan, const void* x, int64_t rows,
+         Activation activation, float scale, const Output& out, int threads) {
+  const int64_t lanes = isa.vector_bytes / 4, all = rows * out.terms;
+  const bool direct = out.terms == 1 && out.dtype == kF32;
+  const size_t floats = size_t(all) * (2 * plan.entries + 2 * plan.blocks * lanes + (direct ? 0 : w.n));
+  Arena arena(2 * size_t(all) * plan.padded + 4 * floats + 8 * 64);
+  if (!arena.memory) return false;
+  Job job{&w, plan, all};
+  job.codes = arena.take<int8_t>(all * plan.padded);
+  job.tiles = arena.take<int8_t>(all * plan.padded);
+  job.scales = arena.take<float>(all * plan.entries);
+  job.sums = arena.take<int32_t>(all * plan.entries);
+  job.starts = arena.take<int32_t>(all * plan.blocks * lanes);
+  job.lane_scales = arena.take<float>(all * plan.blocks * lanes);
+  job.out = direct ? static_cast<float*>(out.y) : arena.take<float>(all * w.n);
+  const bool many = isa.panel && all > isa.dot_rows;
+  for (int64_t r = 0; r < rows; ++r)
+    isa.quantize(job, x, out.dtype, r, activation, scale, out.terms);
+  if (many) isa.interleave(job);
+  parallel(threads, w.n, 32, [&](int64_t first, int64_t last) {
+    many ? isa.panel(job, first, last) : isa.dot(job, first, last);
+    if (!direct || out.bias_dtype != kNone) finish(job, out, rows, first, last);
+  });
+  return true;
+}
+
+}  // namespace
+}  // namespace mw
+
+using namespace mw;
+
+#define MW_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+// The name of instruction set `place` (0 scalar, 1 AVX2, 2 AVX-512), null where it is missing.
+MW_EXPORT const char* mw_isa(int place) {
+  const Isa* isa = isa_at(place);
+  return isa ? isa->name : nullptr;
+}
+
+// 1 if the weight can be multiplied by that instruction set, 0 if its groups do not fit.
+MW_EXPORT int mw_fits(const Weight* weight, int place, int activation) {
+  const Isa* isa = isa_at(place);
+  Plan plan;
+  return isa && make_plan(*weight, *isa, Activation(activation), &plan);
+}
+
+// x: [rows][k], y: [rows][n]. options: dtype of x and y | dtype of bias << 2 | activation << 4 |
+// (terms - 1) << 6 | (instruction set, 3 for the best) << 7 | threads << 9.
+// Returns 0, 1 if groups do not fit, 2 if memory ran out.
+MW_EXPORT int mw_linear(const Weight* weight, const void* x, int64_t rows, const void* bias, void* y,
+              float scale, int options) {
+  static const Isa* best = best_isa();
+  const int place = options >> 7 & 3;
+  const Isa* isa = place == 3 ? best : isa_at(place);
+  const Activation activation = Activation(options >> 4 & 3);
+  Output out{y, Dtype(options & 3), Dtype(options >> 2 & 3), bias, 1 + (options >> 6 & 1)};
+  Plan plan;
+  if (!isa || !make_plan(*weight, *isa, activation, &plan)) return 1;
+  constexpr int64_t kRows = 1024;
+  const int64_t size = out.dtype == kF32 ? 4 : 2;
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int64_t count = rows - r < kRows ? rows - r : kRows;
+    const char* from = static_cast<const char*>(x) + r * weight->k * size;
+    Output part = out;
+    part.y = static_cast<char*>(y) + r * weight->n * size;
+    if (!run(*weight, *isa, plan, from, count, activation, scale, part, options >> 9)) return 2;
+  }
+  return 0;
+}
+
+}  // extern "C"
