@@ -79,6 +79,7 @@ def test_gradients_flow_to_the_activations() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_product_computes_with_its_input() -> None:
     weight, x = random_weight("int4", 64, 128, **group(64)), torch.randn(2, 128)
     bias = torch.zeros(64)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from modewright.errors import KernelError
 from modewright.runtime.backends import Case, choose
 from modewright.runtime.native import build
 from modewright.runtime.native import library as native
-from modewright.runtime.native.build import BuildError, library_path
+from modewright.runtime.native.build import library_path
 from modewright.runtime.packed_weight import PackedSpec
 
 INT4 = Case(PackedSpec("int4", (64, 128), "group", 64), "cpu", torch.float32, None, 1)
@@ -38,7 +39,7 @@ def test_without_a_compiler_there_is_a_reason(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
 
-    with pytest.raises(BuildError, match=r"no C\+\+ compiler: neither \$CXX nor any of c\+\+"):
+    with pytest.raises(KernelError, match=r"no C\+\+ compiler: neither \$CXX nor any of c\+\+"):
         library_path(private(tmp_path / "made"))
 
 
@@ -46,7 +47,7 @@ def test_where_nothing_can_be_built_torch_serves_and_the_reason_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail() -> Path:
-        raise BuildError("no C++ compiler")
+        raise KernelError("no C++ compiler")
 
     native._loaded.cache_clear()
     monkeypatch.setattr(native, "library_path", fail)
@@ -68,7 +69,7 @@ def test_the_switch_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", str(compiler(tmp_path, "echo 'no space left' >&2; exit 1")))
 
-    with pytest.raises(BuildError, match="failed: no space left"):
+    with pytest.raises(KernelError, match="failed: no space left"):
         library_path(private(tmp_path / "made"))
     assert list((tmp_path / "made").iterdir()) == []
 
@@ -97,7 +98,7 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path, mode: int)
     folder = private(tmp_path / "made")
     folder.chmod(mode)
 
-    with pytest.raises(BuildError, match="not this user's alone"):
+    with pytest.raises(KernelError, match="not this user's alone"):
         library_path(folder)
 
 
@@ -111,7 +112,7 @@ def test_a_library_that_others_can_write_to_is_refused(
     folder = private(tmp_path / "made")
     library_path(folder).chmod(0o666)
 
-    with pytest.raises(BuildError, match="not this user's alone"):
+    with pytest.raises(KernelError, match="not this user's alone"):
         library_path(folder)
 
 
