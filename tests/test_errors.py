@@ -20,6 +20,7 @@ SECOND_BASES = {
     "DataError": ValueError,
     "ExportError": RuntimeError,
     "SearchError": RuntimeError,
+    "KernelError": RuntimeError,
 }
 
 

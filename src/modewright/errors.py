@@ -12,7 +12,8 @@
     ├── CheckpointError        (ValueError)      a file that cannot be trusted or read
     ├── DataError              (ValueError)      calibration or evaluation data that is unusable
     ├── ExportError            (RuntimeError)    an export that cannot be written
-    └── SearchError            (RuntimeError)    a search that is unsupported or cannot succeed
+    ├── SearchError            (RuntimeError)    a search that is unsupported or cannot succeed
+    └── KernelError            (RuntimeError)    a kernel that cannot be built or cannot run
 
 The second base is the class under which code written for other tools already catches the same
 mistake. Messages have one shape: what was expected, what was received, where, what to do.
@@ -81,6 +82,10 @@ class ExportError(ModewrightError, RuntimeError):
 
 class SearchError(ModewrightError, RuntimeError):
     """A search is not supported by the mode, or its constraints cannot be met."""
+
+
+class KernelError(ModewrightError, RuntimeError):
+    """The own matrix kernel cannot be built, or cannot run; torch's operators serve without it."""
 
 
 def nearest(

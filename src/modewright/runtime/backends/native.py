@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from modewright.errors import ConfigError
+from modewright.errors import KernelError
 from modewright.runtime.backends.base import Backend, Case, cpu_problem
 from modewright.runtime.native.library import (
     ACTIVATIONS,
@@ -110,7 +110,7 @@ class Native(Backend):
             options,
         )
         if failed:
-            raise ConfigError(
+            raise KernelError(
                 "the kernel cannot multiply by this weight: "
                 f"{'its groups do not fit' if failed == 1 else 'memory ran out'}. Set "
                 "MODEWRIGHT_NATIVE=0 to go without it."

@@ -16,11 +16,12 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import platformdirs
 
-from modewright.errors import ModewrightError
+from modewright.errors import KernelError
 
 SOURCE = Path(__file__).parent / "source"
 BUNDLED = Path(__file__).parent / "bundled"
@@ -37,10 +38,6 @@ _OF_FILE = {
 }
 
 
-class BuildError(ModewrightError):
-    """The kernel library could not be built; torch's operators serve in its place."""
-
-
 def library_path(folder: Path | None = None) -> Path:
     """Return the path of the built library, and build it if it is not there.
 
@@ -48,7 +45,7 @@ def library_path(folder: Path | None = None) -> Path:
         folder: Where built libraries are kept; a folder of the user by default.
 
     Raises:
-        BuildError: There is no compiler, it failed, or the folder is not the user's alone.
+        KernelError: There is no compiler, it failed, or the folder is not the user's alone.
     """
     name = f"modewright-kernels-{_fingerprint()}.so"
     bundled = BUNDLED / name
@@ -67,15 +64,18 @@ def build(made: Path) -> None:
     """Compile the library into a file.
 
     Raises:
-        BuildError: There is no compiler, or it failed.
+        KernelError: There is no compiler, or it failed.
     """
     compiler = find_compiler()
+    sources = sorted(SOURCE.glob("*.cpp"))
     with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
-        objects = []
-        for source in sorted(SOURCE.glob("*.cpp")):
-            target = Path(scratch) / f"{source.stem}.o"
-            _run([compiler, *flags_of(source), "-c", str(source), "-o", str(target)])
-            objects.append(str(target))
+        objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
+        commands = [
+            [compiler, *flags_of(source), "-c", str(source), "-o", target]
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(len(commands)) as workers:
+            list(workers.map(_run, commands))
         linked = Path(scratch) / made.name
         _run([compiler, "-shared", "-pthread", *objects, "-o", str(linked)])
         linked.replace(made)
@@ -92,14 +92,14 @@ def find_compiler() -> str:
     """Return the path of a C++ compiler: ``$CXX``, or the first of some names on the path.
 
     Raises:
-        BuildError: There is none.
+        KernelError: There is none.
     """
     asked = os.environ.get("CXX")
     for name in (asked,) if asked else COMPILERS:
         found = shutil.which(name)
         if found:
             return found
-    raise BuildError(f"no C++ compiler: neither $CXX nor any of {', '.join(COMPILERS)} is there")
+    raise KernelError(f"no C++ compiler: neither $CXX nor any of {', '.join(COMPILERS)} is there")
 
 
 def _fingerprint() -> str:
@@ -116,20 +116,20 @@ def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} did not run: {error}") from error
+        raise KernelError(f"{command[0]} did not run: {error}") from error
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise BuildError(f"{command[0]} failed: {said[0] if said else 'it said nothing'}")
+        raise KernelError(f"{command[0]} failed: {said[0] if said else 'it said nothing'}")
 
 
 def _make_private(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise BuildError(f"{folder} cannot be made: {error.strerror}") from error
+        raise KernelError(f"{folder} cannot be made: {error.strerror}") from error
     _check_owner(folder)
     if not os.access(folder, os.W_OK):
-        raise BuildError(f"{folder} cannot be written to")
+        raise KernelError(f"{folder} cannot be written to")
 
 
 def _check_owner(path: Path) -> None:
@@ -138,4 +138,4 @@ def _check_owner(path: Path) -> None:
         return
     found = path.stat()
     if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
-        raise BuildError(f"{path} is not this user's alone: others own it or can write to it")
+        raise KernelError(f"{path} is not this user's alone: others own it or can write to it")

@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from modewright.errors import ModewrightError
+from modewright.errors import KernelError
 from modewright.formats.catalogue import code_values
 from modewright.runtime.native.build import library_path
 from modewright.runtime.packed_spec import PackedSpec
@@ -88,7 +88,7 @@ def library() -> Library | str:
 def _loaded() -> Library | str:
     try:
         return Library(str(library_path()))
-    except (ModewrightError, OSError) as error:
+    except (KernelError, OSError) as error:
         return str(error)
 
 
