@@ -22,6 +22,7 @@ from modewright.run.planning import plan_recipe
 from modewright.run.progress import Progress, require_replaceable
 from modewright.run.result import Result
 from modewright.run.stages import OnProgress, Run
+from modewright.run.streaming.run import plan_stream, stream_model
 from modewright.run.subject import open_subject
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
@@ -34,6 +35,7 @@ def optimize(
     calibration: object = None,
     evaluation: torch.Tensor | None = None,
     output: str | Path | None = None,
+    stream: bool | None = None,
     registry: ModeRegistry | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
@@ -51,6 +53,9 @@ def optimize(
         evaluation: Token windows ``[windows, length]`` int64 to measure with; overrides the
             recipe's data, and is needed to measure a model that comes without a tokenizer.
         output: The folder to write; it appears when everything is done.
+        stream: Whether to go block by block from the model's files to the output, so that a model
+            larger than memory can be optimized; then no quality is measured, and the result's model
+            has no weights. What the recipe says if left out.
         registry: Where modes are looked up; the default registry if left out.
         on_progress: Called with the name of a part, how much of it is done, and how much there is.
 
@@ -66,6 +71,8 @@ def optimize(
     """
     run = _prepared(recipe, registry, on_progress)
     target = None if output is None else Path(output)
+    if run.recipe.stream if stream is None else stream:
+        return stream_model(run, model, target)
     if target is not None:
         require_replaceable(target)
     with run.timed("load"):
@@ -90,11 +97,20 @@ def dry_run(
     model: object,
     recipe: RecipeLike,
     *,
+    stream: bool | None = None,
     registry: ModeRegistry | None = None,
     on_progress: OnProgress | None = None,
 ) -> Plan:
-    """Say what :func:`optimize` would do to a model, or why it may not; change nothing."""
+    """Say what :func:`optimize` would do to a model, or why it may not; change nothing.
+
+    When streaming no weight is read.
+
+    Raises:
+        ConfigError: The recipe cannot be applied block by block.
+    """
     run = _prepared(recipe, registry, on_progress)
+    if run.recipe.stream if stream is None else stream:
+        return plan_stream(run, model)
     with run.timed("load"):
         subject = open_subject(model, registry=run.registry)
     return plan_recipe(subject.model, run.recipe.steps, run.registry)

@@ -62,6 +62,7 @@ class Progress:
         if known.get("fingerprint") != fingerprint:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
+            self._write()
         else:
             self._data = known
             self.finished_steps = known.get("finished_steps", 0)
@@ -76,6 +77,17 @@ class Progress:
     def blocks_folder(self, step: int) -> Path | None:
         """Return where a step may keep its finished blocks until the model after it is kept."""
         return None if self._output is None else self._folder / "blocks" / str(step)
+
+    @property
+    def parts_folder(self) -> Path:
+        """Where a run that writes its result part by part notes what is in each.
+
+        Raises:
+            ConfigError: The run has no output.
+        """
+        if self._output is None:
+            raise ConfigError("A run without an output keeps no parts: name a folder to write.")
+        return self._folder / "parts"
 
     @contextmanager
     def result_folder(self) -> Iterator[Path]:

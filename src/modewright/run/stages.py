@@ -221,7 +221,7 @@ class Run:
             kl_divergence=divergence,
             restored_identical=True,
             restored_in=restored_in,
-            skipped=_skipped(model),
+            skipped=skipped_of(model),
             checks=self.checks(baseline, quality, divergence),
             calibration=data.calibration.fingerprint if used and data.calibration else None,
         )
@@ -287,7 +287,8 @@ def _packed_size(model: nn.Module) -> int | None:
     return None
 
 
-def _skipped(model: nn.Module) -> tuple[Skipped, ...]:
+def skipped_of(model: nn.Module) -> tuple[Skipped, ...]:
+    """Return what the modes of a model left alone, and why."""
     return tuple(
         Skipped(mode=record.name, module=item["module"], reason=item["reason"])
         for record in state_of(model) or ()
