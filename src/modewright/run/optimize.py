@@ -53,9 +53,8 @@ def optimize(
         evaluation: Token windows ``[windows, length]`` int64 to measure with; overrides the
             recipe's data, and is needed to measure a model that comes without a tokenizer.
         output: The folder to write; it appears when everything is done.
-        stream: Whether to go block by block from the model's files to the output, so that a model
-            larger than memory can be optimized; then no quality is measured, and the result's model
-            has no weights. What the recipe says if left out.
+        stream: Go block by block from the model's files to the output, for a model larger than
+            memory: no quality is measured, and the result's model has no weights.
         registry: Where modes are looked up; the default registry if left out.
         on_progress: Called with the name of a part, how much of it is done, and how much there is.
 
@@ -69,9 +68,9 @@ def optimize(
         ApplyModeError: A mode failed and has no fallback.
         CheckpointError: What was saved does not restore to the same bits.
     """
-    run = _prepared(recipe, registry, on_progress)
+    run = _prepared(recipe, registry, on_progress, stream)
     target = None if output is None else Path(output)
-    if run.recipe.stream if stream is None else stream:
+    if run.recipe.stream:
         return stream_model(run, model, target)
     if target is not None:
         require_replaceable(target)
@@ -108,8 +107,8 @@ def dry_run(
     Raises:
         ConfigError: The recipe cannot be applied block by block.
     """
-    run = _prepared(recipe, registry, on_progress)
-    if run.recipe.stream if stream is None else stream:
+    run = _prepared(recipe, registry, on_progress, stream)
+    if run.recipe.stream:
         return plan_stream(run, model)
     with run.timed("load"):
         subject = open_subject(model, registry=run.registry)
@@ -117,11 +116,16 @@ def dry_run(
 
 
 def _prepared(
-    recipe: RecipeLike, registry: ModeRegistry | None, on_progress: OnProgress | None
+    recipe: RecipeLike,
+    registry: ModeRegistry | None,
+    on_progress: OnProgress | None,
+    stream: bool | None,
 ) -> Run:
     """Read the recipe and check what it says of modes, before anything is loaded."""
     registry = default_registry if registry is None else registry
     loaded = load_recipe(recipe)
+    if stream is not None:
+        loaded = loaded.model_copy(update={"stream": stream})
     check_steps(loaded, registry)
     return Run(loaded, registry, on_progress or _silent)
 
