@@ -11,10 +11,8 @@ import torch
 
 from modewright.builtin_modes import default_registry
 from modewright.modes.checkpoint import inspect
-from modewright.modes.codec import dumps
 from modewright.modes.planning import Plan
 from modewright.modes.registry import ModeRegistry
-from modewright.modes.storage import replace_text
 from modewright.recipes.checking import check_steps
 from modewright.recipes.loader import load_recipe
 from modewright.recipes.schema import Recipe
@@ -41,8 +39,8 @@ def optimize(
 ) -> Result:
     """Optimize a model by a recipe, and prove and measure what came out.
 
-    The original's quality is measured, the modes are applied, the result is saved, restored (in a
-    fresh process where the model came from files) and compared bit for bit, and measured again.
+    The original is measured, modes are applied, the result is saved, restored (a model from files
+    in a fresh process) and compared bit for bit, and measured again.
     With an ``output``, a run that was killed goes on where it stopped when it is called again.
 
     Args:
@@ -53,8 +51,8 @@ def optimize(
         evaluation: Token windows ``[windows, length]`` int64 to measure with; overrides the
             recipe's data, and is needed to measure a model that comes without a tokenizer.
         output: The folder to write; it appears when everything is done.
-        stream: Go block by block from the model's files to the output, for a model larger than
-            memory: no quality is measured, and the result's model has no weights.
+        stream: Go block by block from files to output, for a model larger than memory; nothing is
+            measured then, and the result's model has no weights.
         registry: Where modes are looked up; the default registry if left out.
         on_progress: Called with the name of a part, how much of it is done, and how much there is.
 
@@ -72,8 +70,7 @@ def optimize(
     target = None if output is None else Path(output)
     if run.recipe.stream:
         return stream_model(run, model, target)
-    if target is not None:
-        require_replaceable(target)
+    require_replaceable(target)
     with run.timed("load"):
         subject = open_subject(model, registry=run.registry)
     plan_recipe(subject.model, run.recipe.steps, run.registry).require_ok()
@@ -87,7 +84,7 @@ def optimize(
         where = run.check_restored(subject, optimized, folder, data)
         measured = (size_before, baseline, *run.measure(optimized, data, baseline))
         result = run.result(subject, optimized, data, target, where, measured)
-        replace_text(folder / "result.json", dumps(result.to_dict()))
+        progress.keep_result(result)
         progress.publish()
     return result
 

@@ -26,9 +26,10 @@ from torch import nn
 from modewright.errors import CheckpointError, ConfigError
 from modewright.evaluation.language import LanguageQuality
 from modewright.modes.checkpoint import restore, save
+from modewright.modes.codec import dumps
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.storage import MANIFEST_NAME, replace_file, replace_text
-from modewright.run.result import StepResult
+from modewright.run.result import Result, StepResult
 
 # A mode that took less than this is done again faster than the model is written and read.
 WORTH_KEEPING_SECONDS = 10.0
@@ -139,6 +140,11 @@ class Progress:
         self._write()
         shutil.rmtree(self._folder / "blocks", ignore_errors=True)
 
+    def keep_result(self, result: Result) -> None:
+        """Write what came out beside the model."""
+        if self._output is not None:
+            replace_text(self._folder / "result" / "result.json", dumps(result.to_dict()))
+
     def publish(self) -> None:
         """Put the finished result in the place of the output, and drop the rest."""
         if self._output is None:
@@ -160,13 +166,15 @@ class Progress:
         replace_text(self._folder / "progress.json", json.dumps(self._data, indent=1))
 
 
-def require_replaceable(output: Path) -> None:
+def require_replaceable(output: Path | None) -> None:
     """Check that an output folder is new, empty, or an earlier output.
 
     Raises:
         ConfigError: It holds something else.
     """
-    if not output.exists() or (output.is_dir() and (output / MANIFEST_NAME).is_file()):
+    if output is None or not output.exists():
+        return
+    if output.is_dir() and (output / MANIFEST_NAME).is_file():
         return
     if output.is_dir() and not any(output.iterdir()):
         return

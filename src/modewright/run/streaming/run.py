@@ -24,7 +24,7 @@ from modewright.modes.merging import merge_states
 from modewright.modes.parts import Part, finish_checkpoint, write_part
 from modewright.modes.planning import Plan
 from modewright.modes.state import ModeState, set_state, state_of
-from modewright.modes.storage import MANIFEST_NAME, replace_text
+from modewright.modes.storage import MANIFEST_NAME
 from modewright.quantization.config import QuantizeConfig
 from modewright.quantization.planning import plan_layers
 from modewright.quantization.size import packed_bytes
@@ -78,7 +78,7 @@ def stream_model(run: Run, model: object, output: Path | None) -> Result:
             optimized = _restored(source.units.skeleton, state, manifest, folder)
             size = verify(folder, registry=run.registry).bytes
         result = _result(run, source, optimized, output, size)
-        replace_text(folder / "result.json", dumps(result.to_dict()))
+        progress.keep_result(result)
         progress.publish()
     return result
 
