@@ -21,7 +21,6 @@ from modewright.run.progress import Progress, require_replaceable
 from modewright.run.result import Result
 from modewright.run.stages import OnProgress, Run
 from modewright.run.streaming.run import plan_stream, stream_model
-from modewright.run.subject import open_subject
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
@@ -71,8 +70,7 @@ def optimize(
     if run.recipe.stream:
         return stream_model(run, model, target)
     require_replaceable(target)
-    with run.timed("load"):
-        subject = open_subject(model, registry=run.registry)
+    subject = run.load(model)
     plan_recipe(subject.model, run.recipe.steps, run.registry).require_ok()
     data = run.load_data(subject, calibration, evaluation)
     progress = Progress(target, "" if target is None else run.fingerprint(subject, data))
@@ -107,8 +105,7 @@ def dry_run(
     run = _prepared(recipe, registry, on_progress, stream)
     if run.recipe.stream:
         return plan_stream(run, model)
-    with run.timed("load"):
-        subject = open_subject(model, registry=run.registry)
+    subject = run.load(model)
     return plan_recipe(subject.model, run.recipe.steps, run.registry)
 
 
