@@ -36,7 +36,7 @@ from modewright.run.streaming.kept import KeptParts
 from modewright.run.streaming.support import Steps
 from modewright.run.streaming.units import Units
 
-VERIFIED = "a model without weights; every tensor on disk by its SHA-256"
+VERIFIED = "this process: the log onto a model without weights, each tensor by its SHA-256"
 
 
 def stream_model(run: Run, model: object, output: Path | None) -> Result:
