@@ -53,6 +53,26 @@ def test_optimize_prints_one_table_and_writes_the_output(
     assert modewright.verify(tmp_path / "out").modes == ("quantize", "max_calibrate")
 
 
+def test_optimize_streams_from_files_to_the_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_llama(tmp_path / "llama")
+    recipe = tmp_path / "streamed.yaml"
+    steps = [{"mode": "quantize", "config": {"scheme": "w8a16"}}, "hqq", "compress"]
+    recipe.write_text(yaml.safe_dump({"steps": steps}))
+    command = ("optimize", model, "-r", recipe, "--stream")
+
+    planned, plan, _ = run(*command, "--dry-run", capsys=capsys)
+    code, out, err = run(*command, "-o", tmp_path / "out", capsys=capsys)
+
+    assert planned == 0
+    assert "3. compress" in plan
+    assert code == 0, err
+    assert "not measured" in out
+    assert "SHA-256" in out
+    assert modewright.verify(tmp_path / "out").modes == ("quantize", "hqq", "compress")
+
+
 def test_optimize_as_json_prints_nothing_else(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

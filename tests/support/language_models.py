@@ -11,8 +11,23 @@ import torch
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
 
 
-def save_tiny_llama(folder: Path, *, tied: bool = True) -> Path:
-    """Write a two-layer Llama with a word-level tokenizer; the same one at every call."""
+def save_tiny_llama(
+    folder: Path,
+    *,
+    tied: bool = True,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    shard_size: int | None = None,
+) -> Path:
+    """Write a small Llama with a word-level tokenizer; the same one at every call.
+
+    Args:
+        folder: Where.
+        tied: Whether embedding and head share their weight.
+        layers: The number of blocks.
+        dtype: The dtype of the weights in the files.
+        shard_size: Bytes of a safetensors file at most; one file if left out.
+    """
     import tokenizers
     import transformers
 
@@ -26,7 +41,7 @@ def save_tiny_llama(folder: Path, *, tied: bool = True) -> Path:
         vocab_size=len(WORDS),
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
@@ -35,7 +50,8 @@ def save_tiny_llama(folder: Path, *, tied: bool = True) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(config)
-    model.save_pretrained(folder)
+    sizes = {} if shard_size is None else {"max_shard_size": shard_size}
+    model.to(dtype).save_pretrained(folder, **sizes)
     tokenizer.save_pretrained(folder)
     return folder
 

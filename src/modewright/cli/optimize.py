@@ -15,10 +15,20 @@ import click
     "--recipe", "-r", default="w8a8", show_default=True, help="Name of a recipe, or a YAML file."
 )
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="The folder to write.")
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Go block by block from the model's files to the output, for a model larger than memory.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    model: str | None, recipe: str, output: Path | None, dry_run: bool, as_json: bool
+    model: str | None,
+    recipe: str,
+    output: Path | None,
+    stream: bool | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> int:
     """Optimize MODEL by a recipe; prove and measure what comes out.
 
@@ -41,10 +51,10 @@ def command(
 
     with ProgressDisplay(Console(stderr=True)) as display:
         if dry_run:
-            plan = plan_run(model, loaded, on_progress=display)
+            plan = plan_run(model, loaded, stream=stream, on_progress=display)
         else:
             try:
-                result = optimize(model, loaded, output=output, on_progress=display)
+                result = optimize(model, loaded, output=output, stream=stream, on_progress=display)
             except KeyboardInterrupt:
                 if output is not None:
                     click.echo("\nThe same command goes on from what was finished.", err=True)

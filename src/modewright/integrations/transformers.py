@@ -148,13 +148,17 @@ def save_assets(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def build_from_config(folder: str | Path) -> nn.Module:
+def build_from_config(folder: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Build the architecture that a folder's ``config.json`` describes, without its weights.
 
     Buffers that no checkpoint stores (such as rotary frequencies) have their real values and tied
     parameters are tied. Parameters are on the **meta device** and take no memory, in the dtype that
     the config records; stored buffers are uninitialised: load a state dict (``assign=True``)
     before using the model.
+
+    Args:
+        folder: The folder.
+        dtype: The floating-point type of parameters; what the config records if left out.
 
     Returns:
         The model in evaluation mode.
@@ -168,7 +172,7 @@ def build_from_config(folder: str | Path) -> nn.Module:
     hf = transformers_package()
     with _reading(f"The config in {str(folder)!r}", DataError):
         config = hf.AutoConfig.from_pretrained(folder, **_LOCAL)
-        dtype = getattr(config, "dtype", None) or torch.float32
+        dtype = dtype or getattr(config, "dtype", None) or torch.float32
         with _without_initialisation(), parameters_on_meta():
             model = hf.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=False

@@ -8,10 +8,8 @@ before it touches the model, and puts the model back if something still does not
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,16 @@ from torch import nn
 from modewright.errors import ApplyModeError, CheckpointError
 from modewright.modes.apply import restore_records
 from modewright.modes.codec import join_tensors, split_tensors
+from modewright.modes.digests import checked_tensors
 from modewright.modes.empty import has_lost_buffers, parameters_on_meta
-from modewright.modes.manifest import METADATA_PREFIX, Manifest, TensorEntry, migrate, tensor_digest
+from modewright.modes.manifest import (
+    METADATA_PREFIX,
+    Manifest,
+    TensorEntry,
+    dtype_named,
+    migrate,
+    tensor_digest,
+)
 from modewright.modes.model_like import ModelLike, all_modules, as_model, rewrapped, unwrap
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.sequence import Position
@@ -32,7 +38,6 @@ from modewright.modes.state import ModeState, parse_state, require_state_at_root
 from modewright.modes.storage import Tensors, read_manifest, read_tensors, write_checkpoint
 from modewright.modes.traits import NEEDS_RESTORE
 
-_WORTH_A_THREAD = 64 * 2**10  # bytes; a smaller tensor is hashed before a thread would begin
 _NOT_STORABLE = (torch.complex32, torch.complex128)
 
 
@@ -83,8 +88,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
     root, _ = unwrap(model)
     require_state_at_root(root, all_modules(root))
     state = (state_of(root) or ModeState()).for_saving(root)
-    manifest, tensors = _describe(root, state)
-    write_checkpoint(Path(path), manifest, tensors, plain=_is_plain(state))
+    manifest, tensors = describe(root, state)
+    write_checkpoint(Path(path), manifest, tensors, plain=is_plain(state))
     return Path(path)
 
 
@@ -97,7 +102,7 @@ def restore(
     if isinstance(root, nn.Module):
         root, holder = unwrap(root)
     manifest = read_manifest(where)
-    tensors = _checked_tensors(where, manifest) if verify else dict(read_tensors(where, manifest))
+    tensors = checked_tensors(where, manifest) if verify else dict(read_tensors(where, manifest))
     data = join_tensors(manifest.state, tensors, f"The state of {where}", error=CheckpointError)
     state = parse_state(data, registry, where=str(where))
     weights = {n: t for n, t in tensors.items() if not n.startswith(METADATA_PREFIX)}
@@ -147,14 +152,16 @@ def verify(path: str | Path, *, registry: ModeRegistry) -> Verification:
     """Check every byte of a checkpoint; see :func:`modewright.verify`."""
     where = Path(path)
     manifest = read_manifest(where)
-    tensors = _checked_tensors(where, manifest)
+    tensors = checked_tensors(
+        where, manifest, keep=lambda name: name.startswith(METADATA_PREFIX)
+    )  # of weights no more than a few are in memory
     data = join_tensors(manifest.state, tensors, f"The state of {where}", error=CheckpointError)
     state = parse_state(data, registry, where=str(where))
     return Verification(
         path=where,
         modes=tuple(record.name for record in state),
-        tensors=len(tensors),
-        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        tensors=len(manifest.tensors),
+        bytes=sum(sizes_of(manifest).values()),
     )
 
 
@@ -163,16 +170,11 @@ def inspect(source: nn.Module | str | Path) -> Inspection:
     if isinstance(source, nn.Module):
         root, _ = unwrap(source)
         state = (state_of(root) or ModeState()).for_saving(root)
-        manifest, _ = _describe(root, state, digests=False)
+        manifest, _ = describe(root, state, digests=False)
         name = type(root).__name__
     else:
         manifest, name = read_manifest(Path(source)), str(source)
-    sizes: Counter[str] = Counter()
-    for entry in manifest.tensors.values():
-        dtype = getattr(torch, entry.dtype.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype):
-            raise CheckpointError(f"{name} names the dtype {entry.dtype!r}, which torch lacks.")
-        sizes[entry.dtype.removeprefix("torch.")] += dtype.itemsize * _product(entry.shape)
+    sizes = sizes_of(manifest)
     modes, origins = manifest.state.get("modes"), manifest.state.get("provenance")
     return Inspection(
         source=name,
@@ -184,6 +186,15 @@ def inspect(source: nn.Module | str | Path) -> Inspection:
         bytes_by_dtype=dict(sizes),
         tied=dict(manifest.aliases),
     )
+
+
+def sizes_of(manifest: Manifest) -> Counter[str]:
+    """Return the bytes of the stored tensors by dtype."""
+    sizes: Counter[str] = Counter()
+    for entry in manifest.tensors.values():
+        size = dtype_named(entry.dtype).itemsize * _product(entry.shape)
+        sizes[entry.dtype.removeprefix("torch.")] += size
+    return sizes
 
 
 def load_weights(
@@ -222,10 +233,14 @@ def load_weights(
                 module._parameters[name] = shared  # they come from one stored tensor
 
 
-def _describe(
+def describe(
     root: nn.Module, state: ModeState, *, digests: bool = True
 ) -> tuple[Manifest, Tensors]:
-    """Return the manifest of a model and the tensors to store, on the CPU and contiguous."""
+    """Return the manifest of a model and the tensors to store, on the CPU and contiguous.
+
+    Raises:
+        CheckpointError: The state dict holds something that cannot be stored.
+    """
     data, metadata_tensors = split_tensors(state.to_dict(), METADATA_PREFIX)
     stored: Tensors = {}
     aliases: dict[str, str] = {}
@@ -274,29 +289,6 @@ def _savable(name: str, value: object) -> torch.Tensor:
     return value.detach().resolve_conj().resolve_neg()
 
 
-def _checked_tensors(where: Path, manifest: Manifest) -> Tensors:
-    """Read all tensors and compare their digests, which other threads compute meanwhile."""
-    tensors: Tensors = {}
-    damaged: list[str] = []
-    digests: dict[str, Future[str]] = {}
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for name, tensor in read_tensors(where, manifest):
-            tensors[name] = tensor
-            if tensor.nbytes > _WORTH_A_THREAD:
-                digests[name] = pool.submit(tensor_digest, tensor)
-            elif tensor_digest(tensor) != manifest.tensors[name].sha256:
-                damaged.append(name)
-    entries = manifest.tensors
-    damaged += [n for n, digest in digests.items() if digest.result() != entries[n].sha256]
-    if damaged:
-        raise CheckpointError(
-            f"{where} is damaged: the SHA-256 of {len(damaged)} of {len(tensors)} tensors does not "
-            f"match ({', '.join(damaged[:5])}{' ...' if len(damaged) > 5 else ''}). Copy it anew "
-            "from its source."
-        )
-    return tensors
-
-
 def _check_fit(
     expected: dict[str, Any], weights: Tensors, aliases: dict[str, str], where: str
 ) -> None:
@@ -342,7 +334,7 @@ def _share_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
     return one.data_ptr() == two.data_ptr()
 
 
-def _is_plain(state: ModeState) -> bool:
+def is_plain(state: ModeState) -> bool:
     """Whether the weights alone, read by another program, are the model."""
     position = Position.after_all(record.descriptor for record in state)
     return not position.open and not (position.traits & NEEDS_RESTORE)

@@ -155,6 +155,18 @@ def migrate(
     return body
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """Return the dtype that a manifest names, such as ``torch.float32``.
+
+    Raises:
+        CheckpointError: torch has none of that name.
+    """
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"The manifest names the dtype {name!r}, which torch lacks.")
+    return dtype
+
+
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of a CPU tensor's dtype, shape and bytes, in hexadecimal."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())

@@ -106,22 +106,38 @@ def _write_folder(folder: Path, manifest: Manifest, tensors: Tensors, plain: boo
     files = sorted({entry.file for entry in placed.tensors.values()})
     for file in files:
         shard = {n: tensors[n] for n, entry in placed.tensors.items() if entry.file == file}
-        _write_shard(folder / file, shard)
+        write_shard(folder / file, shard)
     replace_text(folder / MANIFEST_NAME, placed.dumps())
     if plain:
-        names = [n for n in placed.tensors if not n.startswith(METADATA_PREFIX)]
-        index = {
-            "metadata": {"total_size": sum(tensors[n].nbytes for n in names)},
-            "weight_map": {n: placed.tensors[n].file for n in names},
-        }
-        replace_text(folder / INDEX_NAME, dumps(index))
+        write_index(folder, placed, sum(tensors[n].nbytes for n in _weights(placed)))
     else:
         (folder / INDEX_NAME).unlink(missing_ok=True)
     for file in old - set(files):
         (folder / file).unlink(missing_ok=True)
 
 
-def _write_shard(path: Path, tensors: Tensors) -> None:
+def write_index(folder: Path, manifest: Manifest, total_size: int) -> None:
+    """Write where every weight lies, as Hugging Face libraries look it up.
+
+    Args:
+        folder: The folder.
+        manifest: Its manifest, with the file of every tensor.
+        total_size: Bytes of all weights.
+    """
+    index = {
+        "metadata": {"total_size": total_size},
+        "weight_map": {name: manifest.tensors[name].file for name in _weights(manifest)},
+    }
+    replace_text(folder / INDEX_NAME, dumps(index))
+
+
+def _weights(manifest: Manifest) -> list[str]:
+    """Return the names of stored tensors that are the model's own."""
+    return [name for name in manifest.tensors if not name.startswith(METADATA_PREFIX)]
+
+
+def write_shard(path: Path, tensors: Tensors) -> None:
+    """Write some tensors to one file, in one step."""
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
 
@@ -129,8 +145,7 @@ def _placed(manifest: Manifest, tensors: Tensors, stem: str) -> Manifest:
     """Return the manifest with a file for every tensor, in shards of bounded size."""
     shards: list[list[str]] = []
     size = MAX_SHARD_BYTES + 1
-    weights = [n for n in manifest.tensors if not n.startswith(METADATA_PREFIX)]
-    for name in weights:
+    for name in _weights(manifest):
         size += tensors[name].nbytes
         if size > MAX_SHARD_BYTES:
             shards.append([])

@@ -82,6 +82,11 @@ class Recipe(_Part):
         default=TextData(), description="Text to measure quality on; never shared with calibration."
     )
     checks: Checks = Field(default=Checks(), description="What the result must satisfy.")
+    stream: bool = Field(
+        default=False,
+        description="Go block by block from the model's files to the output, for a model larger "
+        "than memory; no quality is measured.",
+    )
 
     @field_validator("evaluation")
     @classmethod

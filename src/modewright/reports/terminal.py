@@ -67,7 +67,7 @@ def _add_quality(table: Table, result: Result) -> None:
         table.add_row("loss, nats per token", number(before.loss), increase)
         table.add_row("KL divergence, nats", "", number(result.kl_divergence))
     else:
-        table.add_row("quality", "", "not measured: no evaluation data")
+        table.add_row("quality", "", "not measured: no evaluation data, or streamed")
     if result.restored_identical:
         table.add_row("restored", "", f"identical, in {result.restored_in}")
 

@@ -11,10 +11,8 @@ import torch
 
 from modewright.builtin_modes import default_registry
 from modewright.modes.checkpoint import inspect
-from modewright.modes.codec import dumps
 from modewright.modes.planning import Plan
 from modewright.modes.registry import ModeRegistry
-from modewright.modes.storage import replace_text
 from modewright.recipes.checking import check_steps
 from modewright.recipes.loader import load_recipe
 from modewright.recipes.schema import Recipe
@@ -22,7 +20,7 @@ from modewright.run.planning import plan_recipe
 from modewright.run.progress import Progress, require_replaceable
 from modewright.run.result import Result
 from modewright.run.stages import OnProgress, Run
-from modewright.run.subject import open_subject
+from modewright.run.streaming.run import plan_stream, stream_model
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
@@ -34,13 +32,14 @@ def optimize(
     calibration: object = None,
     evaluation: torch.Tensor | None = None,
     output: str | Path | None = None,
+    stream: bool | None = None,
     registry: ModeRegistry | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
     """Optimize a model by a recipe, and prove and measure what came out.
 
-    The original's quality is measured, the modes are applied, the result is saved, restored (in a
-    fresh process where the model came from files) and compared bit for bit, and measured again.
+    The original is measured, modes are applied, the result is saved, restored (a model from files
+    in a fresh process) and compared bit for bit, and measured again.
     With an ``output``, a run that was killed goes on where it stopped when it is called again.
 
     Args:
@@ -51,6 +50,8 @@ def optimize(
         evaluation: Token windows ``[windows, length]`` int64 to measure with; overrides the
             recipe's data, and is needed to measure a model that comes without a tokenizer.
         output: The folder to write; it appears when everything is done.
+        stream: Go block by block from files to output, for a model larger than memory; nothing is
+            measured then, and the result's model has no weights.
         registry: Where modes are looked up; the default registry if left out.
         on_progress: Called with the name of a part, how much of it is done, and how much there is.
 
@@ -64,12 +65,12 @@ def optimize(
         ApplyModeError: A mode failed and has no fallback.
         CheckpointError: What was saved does not restore to the same bits.
     """
-    run = _prepared(recipe, registry, on_progress)
+    run = _prepared(recipe, registry, on_progress, stream)
     target = None if output is None else Path(output)
-    if target is not None:
-        require_replaceable(target)
-    with run.timed("load"):
-        subject = open_subject(model, registry=run.registry)
+    if run.recipe.stream:
+        return stream_model(run, model, target)
+    require_replaceable(target)
+    subject = run.load(model)
     plan_recipe(subject.model, run.recipe.steps, run.registry).require_ok()
     data = run.load_data(subject, calibration, evaluation)
     progress = Progress(target, "" if target is None else run.fingerprint(subject, data))
@@ -81,7 +82,7 @@ def optimize(
         where = run.check_restored(subject, optimized, folder, data)
         measured = (size_before, baseline, *run.measure(optimized, data, baseline))
         result = run.result(subject, optimized, data, target, where, measured)
-        replace_text(folder / "result.json", dumps(result.to_dict()))
+        progress.keep_result(result)
         progress.publish()
     return result
 
@@ -90,22 +91,35 @@ def dry_run(
     model: object,
     recipe: RecipeLike,
     *,
+    stream: bool | None = None,
     registry: ModeRegistry | None = None,
     on_progress: OnProgress | None = None,
 ) -> Plan:
-    """Say what :func:`optimize` would do to a model, or why it may not; change nothing."""
-    run = _prepared(recipe, registry, on_progress)
-    with run.timed("load"):
-        subject = open_subject(model, registry=run.registry)
+    """Say what :func:`optimize` would do to a model, or why it may not; change nothing.
+
+    When streaming no weight is read.
+
+    Raises:
+        ConfigError: The recipe cannot be applied block by block.
+    """
+    run = _prepared(recipe, registry, on_progress, stream)
+    if run.recipe.stream:
+        return plan_stream(run, model)
+    subject = run.load(model)
     return plan_recipe(subject.model, run.recipe.steps, run.registry)
 
 
 def _prepared(
-    recipe: RecipeLike, registry: ModeRegistry | None, on_progress: OnProgress | None
+    recipe: RecipeLike,
+    registry: ModeRegistry | None,
+    on_progress: OnProgress | None,
+    stream: bool | None,
 ) -> Run:
     """Read the recipe and check what it says of modes, before anything is loaded."""
     registry = default_registry if registry is None else registry
     loaded = load_recipe(recipe)
+    if stream is not None:
+        loaded = loaded.model_copy(update={"stream": stream})
     check_steps(loaded, registry)
     return Run(loaded, registry, on_progress or _silent)
 

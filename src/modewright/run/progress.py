@@ -26,9 +26,10 @@ from torch import nn
 from modewright.errors import CheckpointError, ConfigError
 from modewright.evaluation.language import LanguageQuality
 from modewright.modes.checkpoint import restore, save
+from modewright.modes.codec import dumps
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.storage import MANIFEST_NAME, replace_file, replace_text
-from modewright.run.result import StepResult
+from modewright.run.result import Result, StepResult
 
 # A mode that took less than this is done again faster than the model is written and read.
 WORTH_KEEPING_SECONDS = 10.0
@@ -62,6 +63,7 @@ class Progress:
         if known.get("fingerprint") != fingerprint:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
+            self._write()
         else:
             self._data = known
             self.finished_steps = known.get("finished_steps", 0)
@@ -76,6 +78,17 @@ class Progress:
     def blocks_folder(self, step: int) -> Path | None:
         """Return where a step may keep its finished blocks until the model after it is kept."""
         return None if self._output is None else self._folder / "blocks" / str(step)
+
+    @property
+    def parts_folder(self) -> Path:
+        """Where a run that writes its result part by part notes what is in each.
+
+        Raises:
+            ConfigError: The run has no output.
+        """
+        if self._output is None:
+            raise ConfigError("A run without an output keeps no parts: name a folder to write.")
+        return self._folder / "parts"
 
     @contextmanager
     def result_folder(self) -> Iterator[Path]:
@@ -127,6 +140,11 @@ class Progress:
         self._write()
         shutil.rmtree(self._folder / "blocks", ignore_errors=True)
 
+    def keep_result(self, result: Result) -> None:
+        """Write what came out beside the model."""
+        if self._output is not None:
+            replace_text(self._folder / "result" / "result.json", dumps(result.to_dict()))
+
     def publish(self) -> None:
         """Put the finished result in the place of the output, and drop the rest."""
         if self._output is None:
@@ -148,13 +166,15 @@ class Progress:
         replace_text(self._folder / "progress.json", json.dumps(self._data, indent=1))
 
 
-def require_replaceable(output: Path) -> None:
+def require_replaceable(output: Path | None) -> None:
     """Check that an output folder is new, empty, or an earlier output.
 
     Raises:
         ConfigError: It holds something else.
     """
-    if not output.exists() or (output.is_dir() and (output / MANIFEST_NAME).is_file()):
+    if output is None or not output.exists():
+        return
+    if output.is_dir() and (output / MANIFEST_NAME).is_file():
         return
     if output.is_dir() and not any(output.iterdir()):
         return

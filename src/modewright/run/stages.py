@@ -36,7 +36,7 @@ from modewright.run.fresh_restore import device_of, fresh_logits, logits_of
 from modewright.run.metering import Meter
 from modewright.run.progress import Progress
 from modewright.run.result import Check, Result, Skipped, StepResult
-from modewright.run.subject import Subject
+from modewright.run.subject import Subject, open_subject
 
 OnProgress = Callable[[str, int, "int | None"], None]
 Baseline = tuple[LanguageQuality, torch.Tensor]
@@ -55,6 +55,11 @@ class Run:
         """Return a context that adds a part to the run's steps."""
         self.on_progress(name, 0, None)
         return _Timed(name, self.steps)
+
+    def load(self, model: object) -> Subject:
+        """Load the model from a path or name, or take the one that is there."""
+        with self.timed("load"):
+            return open_subject(model, registry=self.registry)
 
     def load_data(
         self, subject: Subject, calibration: object, evaluation: torch.Tensor | None
@@ -221,7 +226,7 @@ class Run:
             kl_divergence=divergence,
             restored_identical=True,
             restored_in=restored_in,
-            skipped=_skipped(model),
+            skipped=skipped_of(model),
             checks=self.checks(baseline, quality, divergence),
             calibration=data.calibration.fingerprint if used and data.calibration else None,
         )
@@ -287,7 +292,8 @@ def _packed_size(model: nn.Module) -> int | None:
     return None
 
 
-def _skipped(model: nn.Module) -> tuple[Skipped, ...]:
+def skipped_of(model: nn.Module) -> tuple[Skipped, ...]:
+    """Return what the modes of a model left alone, and why."""
     return tuple(
         Skipped(mode=record.name, module=item["module"], reason=item["reason"])
         for record in state_of(model) or ()

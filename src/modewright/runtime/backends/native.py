@@ -68,7 +68,7 @@ class Native(Backend):
         return None
 
     def prepare(self, weight: PackedWeight) -> NativeWeight:  # noqa: D102
-        return NativeWeight(weight)
+        return NativeWeight(weight, cast(Library, library()))
 
     def linear(  # noqa: D102
         self,
@@ -78,21 +78,21 @@ class Native(Backend):
         act: str | None,
         act_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        dtype = x.dtype
-        kind = DTYPES.get(dtype)
+        kind = DTYPES.get(x.dtype)
         if kind is None:
-            return self.linear(x.float(), prepared, bias, act, act_scale).to(dtype)
+            return self.linear(x.float(), prepared, bias, act, act_scale).to(x.dtype)
         if not x.is_contiguous():
             x = x.contiguous()
-        rows, columns = prepared.rows, prepared.columns
-        result = x.new_empty((*x.shape[:-1], rows))
-        bias_at, bias_kind = 0, NO_BIAS
-        if bias is not None:
+        result = x.new_empty(*x.shape[:-1], prepared.rows)
+        options = kind | ACTIVATIONS[act] << 4 | self._place << 7 | torch.get_num_threads() << 9
+        bias_at = 0
+        if bias is None:
+            options |= NO_BIAS << 2
+        else:
             if bias.dtype not in DTYPES or not bias.is_contiguous():
                 bias = bias.float().contiguous()
-            bias_at, bias_kind = bias.data_ptr(), DTYPES[bias.dtype]
-        options = kind | bias_kind << 2 | ACTIVATIONS[act] << 4 | self._place << 7
-        options |= torch.get_num_threads() << 9
+            bias_at = bias.data_ptr()
+            options |= DTYPES[bias.dtype] << 2
         if self.terms == 2 and act is None:
             options |= _TWO_TERMS
         if (
@@ -100,10 +100,10 @@ class Native(Backend):
             or prepared.scale.data_ptr() != prepared.scale_at
         ):
             prepared.locate()
-        failed = cast(Library, library()).linear(
+        failed = prepared.multiply(
             prepared.address,
             x.data_ptr(),
-            x.numel() // columns,
+            x.numel() // prepared.columns,
             bias_at,
             result.data_ptr(),
             1.0 if act_scale is None else float(act_scale),

@@ -66,8 +66,8 @@ class PackedLayer(nn.Module):
         held = kept.get(name)
         if (
             held is None
-            or held.packed is not buffers[f"{name}_packed"]
-            or held.scale is not buffers[f"{name}_scale"]
+            or held.packed is not buffers[name + "_packed"]
+            or held.scale is not buffers[name + "_scale"]
         ):
             tensors: dict[str, Any] = {part: buffers[f"{name}_{part}"] for part in TENSORS}
             held = PackedWeight(self.record.parameters[name].spec, **tensors)

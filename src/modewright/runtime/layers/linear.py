@@ -40,12 +40,11 @@ class PackedLinear(LinearLike):
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: D102
         if not self.__dict__["is_bare"]:
             return super().forward(input)
-        return self.product(input)
+        return backends.linear(self.packed_weight(), input, self._parameters["bias"])
 
     def product(self, input: torch.Tensor) -> torch.Tensor:  # noqa: D102
         spec = self.record.activations.get("input")
-        bias = self._parameters["bias"]
-        weight = self.packed_weight()
+        weight, bias = self.packed_weight(), self._parameters["bias"]
         if spec is None:
             return backends.linear(weight, input, bias)
         if spec.name is None:
@@ -60,7 +59,7 @@ class PackedLinear(LinearLike):
     def was_packed(self) -> None:
         """Note whether there is nothing but the product to compute."""
         record = self.record
-        others = record.transforms or record.hadamard_size or "output" in record.activations
+        others = record.transforms or record.hadamard_size or record.activations
         self.__dict__["is_bare"] = not others
 
 

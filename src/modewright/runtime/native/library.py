@@ -127,12 +127,16 @@ def struct_of_spec(spec: PackedSpec) -> tuple[WeightStruct, ctypes.Array[ctypes.
 class NativeWeight:
     """A packed weight as the kernel reads it: where its tensors are. Nothing is copied."""
 
-    __slots__ = ("address", "columns", "kept", "packed", "packed_at", "rows", "scale", "scale_at")
+    __slots__ = (
+        *("address", "columns", "kept", "multiply"),
+        *("packed", "packed_at", "rows", "scale", "scale_at"),
+    )
 
-    def __init__(self, weight: PackedWeight) -> None:
+    def __init__(self, weight: PackedWeight, kernels: Library) -> None:
         struct, table = struct_of_spec(weight.spec)
         if weight.global_scale is not None:
             struct.multiplier *= float(weight.global_scale)
+        self.multiply = kernels.linear
         self.rows, self.columns = weight.spec.shape
         self.packed, self.scale = weight.packed, weight.scale
         self.kept = (struct, table, weight.zero_point)

@@ -145,7 +145,7 @@ template <Kind KIND, bool TABLE>
 void dot_kind(const Job& job, int64_t first, int64_t last) {
   const Unpacker u(*job.weight);
   const int64_t size = job.plan.entries + kLanes;
-  float* scales = static_cast<float*>(std::calloc(2 * size, sizeof(float)));
+  float* scales = static_cast<float*>(memory_of(2 * size * sizeof(float)));
   float* shifts = scales + size;
   alignas(32) int32_t lane_entry[kLanes];
   for (int64_t lane = 0; lane < kLanes; ++lane)

@@ -12,6 +12,14 @@
 namespace mw {
 namespace {
 
+// Zeroed memory for a moment; there is nobody to tell if there is none.
+inline void* memory_of(size_t size) {
+  size = (size + 63) / 64 * 64;
+  void* memory = std::aligned_alloc(64, size);
+  if (!memory) std::abort();
+  return std::memset(memory, 0, size);
+}
+
 inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -182,7 +190,7 @@ inline void place_row(const Job& job, int64_t row, const int8_t* natural, const 
     for (int64_t at = 0; at < block; at += vector_bytes) {
       const int8_t* from = codes + b * block + at;
       for (int64_t lane = 0; lane < lanes; ++lane)
-        starts[lane] += from[4 * lane] + from[4 * lane + 1] + from[4 * lane + 2] + from[4 * lane + 3];
+        for (int64_t i = 4 * lane; i < 4 * lane + 4; ++i) starts[lane] += from[i];
     }
     for (int64_t lane = 0; lane < lanes; ++lane) starts[lane] *= -job.weight->zero;
   }
@@ -194,7 +202,7 @@ void quantize_row(const Job& job, const void* x, Dtype dtype, int64_t row, Activ
   const Plan& p = job.plan;
   const int64_t k = job.weight->k;
   const size_t size = size_t(p.padded) * (2 * sizeof(float) + 1) + p.entries * sizeof(float);
-  float* values = static_cast<float*>(std::malloc(size));
+  float* values = static_cast<float*>(memory_of(size));
   float *rest = values + p.padded, *scales = rest + p.padded;
   int8_t* natural = reinterpret_cast<int8_t*>(scales + p.entries);
   const char* at = static_cast<const char*>(x) + row * k * (dtype == kF32 ? 4 : 2);

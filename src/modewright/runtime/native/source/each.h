@@ -6,8 +6,8 @@
 namespace mw {
 namespace {
 
-// Calls f(0), f(1) ... f(COUNT - 1) with constants. In loops the compiler would unroll them after it
-// has decided what lives in registers, and arrays of registers would stay in memory.
+// Calls f(0), f(1) ... f(COUNT - 1) with constants. Loops are unrolled after the compiler has
+// decided what lives in registers: arrays of registers would stay in memory.
 template <class F, int... I>
 inline __attribute__((always_inline)) void each_of(std::integer_sequence<int, I...>, F&& f) {
   (f(std::integral_constant<int, I>{}), ...);

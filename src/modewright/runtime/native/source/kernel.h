@@ -57,7 +57,9 @@ struct Job {
   int32_t* sums;       // [rows][entries]: sum of the codes
   int32_t* starts;     // [rows][blocks][lanes]: -zero * the sum of the codes that meet in a lane
   float* lane_scales;  // [rows][blocks][lanes]
-  int8_t* tiles;       // codes again, interleaved for the panel kernel
+  int8_t* tiles;           // codes again, interleaved for the panel kernel, and likewise
+  float* tile_scales;      // scales
+  int32_t* tile_offsets;   // and -zero * sums
   float* out;          // [rows][n]
 };
 

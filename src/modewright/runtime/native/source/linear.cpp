@@ -112,7 +112,9 @@ void finish(const Job& job, const Output& out, int64_t rows, int64_t first, int6
 struct Arena {
   char* memory;
   size_t used = 0;
-  explicit Arena(size_t size) : memory(static_cast<char*>(std::aligned_alloc(64, up(size, 64) * 64))) {}
+  explicit Arena(size_t size) {
+    memory = static_cast<char*>(std::aligned_alloc(64, up(size, 64) * 64));
+  }
   ~Arena() { std::free(memory); }
   template <class T>
   T* take(size_t count) {
@@ -127,14 +129,17 @@ bool run(const Weight& w, const Isa& isa, const Plan& plan, const void* x, int64
          Activation activation, float scale, const Output& out, int threads) {
   const int64_t lanes = isa.vector_bytes / 4, all = rows * out.terms;
   const bool direct = out.terms == 1 && out.dtype == kF32;
-  const size_t floats = size_t(all) * (2 * plan.entries + 2 * plan.blocks * lanes + (direct ? 0 : w.n));
-  Arena arena(2 * size_t(all) * plan.padded + 4 * floats + 8 * 64);
+  const int64_t of_row = 4 * plan.entries + 2 * plan.blocks * lanes + (direct ? 0 : w.n);
+  const size_t floats = size_t(all) * of_row;
+  Arena arena(2 * size_t(all) * plan.padded + 4 * floats + 10 * 64);
   if (!arena.memory) return false;
   Job job{&w, plan, all};
   job.codes = arena.take<int8_t>(all * plan.padded);
   job.tiles = arena.take<int8_t>(all * plan.padded);
   job.scales = arena.take<float>(all * plan.entries);
   job.sums = arena.take<int32_t>(all * plan.entries);
+  job.tile_scales = arena.take<float>(all * plan.entries);
+  job.tile_offsets = arena.take<int32_t>(all * plan.entries);
   job.starts = arena.take<int32_t>(all * plan.blocks * lanes);
   job.lane_scales = arena.take<float>(all * plan.blocks * lanes);
   job.out = direct ? static_cast<float*>(out.y) : arena.take<float>(all * w.n);
@@ -174,8 +179,8 @@ MW_EXPORT int mw_fits(const Weight* weight, int place, int activation) {
 // x: [rows][k], y: [rows][n]. options: dtype of x and y | dtype of bias << 2 | activation << 4 |
 // (terms - 1) << 6 | (instruction set, 3 for the best) << 7 | threads << 9.
 // Returns 0, 1 if groups do not fit, 2 if memory ran out.
-MW_EXPORT int mw_linear(const Weight* weight, const void* x, int64_t rows, const void* bias, void* y,
-              float scale, int options) {
+MW_EXPORT int mw_linear(const Weight* weight, const void* x, int64_t rows, const void* bias,
+                        void* y, float scale, int options) {
   static const Isa* best = best_isa();
   const int place = options >> 7 & 3;
   const Isa* isa = place == 3 ? best : isa_at(place);
