@@ -4,8 +4,9 @@
 The original in float32 and bfloat16, the same network with its linear layers computing nothing
 (what the Python around them costs), and what recipes make of it, in turn in one process, on one
 thread. Seconds are those of the processor, so that other work on the machine does not count; the
-median of the repetitions, and the shortest. The loss is compared with that of the model before
-``compress``, whose quantizers are simulated in float32.
+median of the repetitions, and the shortest. The loss is compared with that of the same weights and
+quantized activations simulated in float32: the portable backend, as the model with quantizers has
+it.
 
     python benchmarks/runtime_model.py WORKSPACE [--recipes int4-packed int8-packed] [--json]
         [--repeats 7] [--tokens 8] [--no-loss] [--static]
@@ -35,6 +36,7 @@ from modewright.recipes.loader import load_recipe
 from modewright.run.bench import weight_bytes
 from modewright.run.data import load_data
 from modewright.run.subject import open_subject
+from modewright.runtime.backends.choice import using
 
 MODEL = "demo:smollm2"
 PROMPT, LENGTH = 64, 512
@@ -74,16 +76,18 @@ def packed(recipe: str, workspace: Path) -> Path:
     return folder
 
 
-def simulated_loss(recipe: str, workspace: Path) -> float:
-    """Return the loss of what a recipe makes before it packs; kept in the workspace."""
-    kept = workspace / f"{recipe}.simulated.json"
-    if not kept.is_file():
-        loaded = load_recipe(recipe)
-        steps = [s for s in loaded.steps if s.mode != "compress"]
-        result = modewright.optimize(MODEL, loaded.model_copy(update={"steps": tuple(steps)}))
-        assert result.optimized is not None
-        kept.write_text(json.dumps(result.optimized.loss))
-    return float(json.loads(kept.read_text()))
+def losses_of(models: dict[str, Any], folders: dict[str, Path], subject: Any) -> dict[str, Any]:
+    """Return the loss of the original and of packed models, as they run and simulated."""
+    recipe = load_recipe(next(iter(folders)))
+    windows = load_data(recipe, subject, uses_calibration=False).evaluation
+    assert windows is not None
+    found = {}
+    found["fp32"] = evaluate_language(models["fp32"], windows).loss
+    for name in folders:
+        found[name] = evaluate_language(models[name], windows).loss
+        with using("portable"):
+            found[f"{name}, simulated"] = evaluate_language(models[name], windows).loss
+    return found
 
 
 def processor_seconds(work: Callable[[], object]) -> float:
@@ -154,13 +158,7 @@ def main() -> None:
     }
     for name, folder in folders.items():
         models[name] = modewright.restore(hf.build_from_config(folder), folder).eval()
-    losses: dict[str, float] = {}
-    if not options.no_loss:
-        recipe = load_recipe(options.recipes[0])
-        windows = load_data(recipe, subject, uses_calibration=False).evaluation
-        assert windows is not None
-        for name in ("fp32", *folders):
-            losses[name] = evaluate_language(models[name], windows).loss
+    losses = {} if options.no_loss or not folders else losses_of(models, folders, subject)
     seen = measure(models, options.repeats, options.tokens, options.static)
     rows = []
     for name, model in models.items():
@@ -169,10 +167,8 @@ def main() -> None:
             row[kind] = statistics.median(samples)
             row[f"{kind}_best"] = min(samples)
             row[f"{kind}_ratio"] = statistics.median(seen["fp32"][kind]) / row[kind]
-        simulated = name in folders and name in losses
-        row["difference"] = (
-            losses[name] - simulated_loss(name, options.workspace) if simulated else None
-        )
+        other = losses.get(f"{name}, simulated")
+        row["difference"] = None if other is None else row["loss"] - other
         rows.append(row)
     print(json.dumps(rows, indent=1) if options.json else report(rows))
 

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from modewright.errors import CheckpointError
 from modewright.modes.codec import dumps
 from modewright.modes.manifest import METADATA_PREFIX, Manifest, TensorEntry
+from modewright.modes.tensor_memory import read_into_memory
 
 HEADER_KEY = "modewright"
 MANIFEST_NAME = "mode_state.json"
@@ -228,10 +229,7 @@ def _check_files(manifest: Manifest, where: str, allowed: Callable[[str], bool])
 
 
 def read_tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read every stored tensor, one after the other, into memory of its own.
-
-    The memory is aligned as torch aligns it, wherever the bytes lie in the file: matrix kernels may
-    choose another path, and other last bits, for memory that is not.
+    """Read every stored tensor, one after the other, into memory of its own, aligned.
 
     Raises:
         CheckpointError: A tensor is missing, there is one too many, or one is not as described.
@@ -254,7 +252,7 @@ def read_tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Te
                         f"The tensor {name!r} in {source} has shape {shape}, but the manifest "
                         f"says {entry.shape}: the file is damaged."
                     )
-                yield name, reader.get_tensor(name).clone()
+            yield from read_into_memory(source, reader, names)
 
 
 def _check_names(source: Path, stored: set[str], expected: set[str]) -> None:

@@ -94,6 +94,9 @@ def test_activations_of_another_width_or_device_are_errors() -> None:
 
     with pytest.raises(ConfigError, match=r"expected activations \[..., 128\].*received \[2, 64\]"):
         linear(weight, torch.randn(2, 64), None)
+    if choose(case("int4", 2)).name == "native":
+        with pytest.raises(ConfigError, match=r"expected a bias \[64\]"):
+            linear(weight, torch.randn(2, 128), torch.zeros(63))
     with pytest.raises(ConfigError, match="expected activations on cpu"):
         linear(weight, torch.empty(2, 128, device="meta"), None)
 
@@ -109,6 +112,27 @@ def test_what_is_kept_for_a_weight_goes_with_it() -> None:
     gc.collect()
 
     assert gone() is None
+
+
+@pytest.mark.parametrize("name", ["native", "int4pack", "buffered", "portable"])
+def test_a_weight_that_is_loaded_in_place_is_prepared_anew(name: str) -> None:
+    x = torch.randn(2, 128)
+    weight, other = (random_weight("int4", 64, 128, seed=seed, **group(64)) for seed in (0, 1))
+    linear(weight, x, None)
+    with using(name):
+        linear(weight, x, None)
+        expected = linear(other, x, None)
+        for part, tensor in weight.tensors().items():
+            tensor.copy_(other.tensors()[part])
+
+        assert torch.equal(linear(weight, x, None), expected)
+    torch.testing.assert_close(linear(weight, x, None), linear(other, x, None))
+
+
+def test_weights_made_for_inference_are_multiplied_too() -> None:
+    with torch.inference_mode():
+        weight, x = random_weight("int4", 64, 128, **group(64)), torch.randn(2, 128)
+        assert torch.equal(linear(weight, x, None), linear(weight, x, None))
 
 
 def test_measuring_picks_one_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch) -> None:

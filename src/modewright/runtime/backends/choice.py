@@ -30,7 +30,7 @@ from modewright.runtime.packed_weight import PackedWeight
 SWITCH = "MODEWRIGHT_BACKENDS"
 """Set to ``measure``, backends are chosen by timing them on every new kind of weight."""
 
-_Plan = tuple[Backend, Any]
+_Plan = tuple[Backend, Any, int | None]  # and the version of the packed tensor it was made for
 _plans: WeakKeyDictionary[PackedWeight, dict[Any, _Plan]] = WeakKeyDictionary()
 _allowed: list[tuple[str, ...]] = []
 
@@ -75,7 +75,11 @@ def linear(
     key = (x.dtype, x.is_cpu, act, few)
     kept = _plans.get(weight)
     plan = None if kept is None else kept.get(key)
-    if plan is None or _allowed:
+    if (
+        plan is None
+        or _allowed
+        or (plan[2] is not None and plan[2] != weight.packed._version)  # written to in place
+    ):
         plan = _new_plan(weight, x, act, key)
     return plan[0].linear(x, plan[1], bias, act, act_scale)
 
@@ -127,9 +131,10 @@ def _new_plan(weight: PackedWeight, x: torch.Tensor, act: str | None, key: Any) 
     case = Case(weight.spec, x.device.type, x.dtype, act, rows)
     backend = choose(case, measure=os.environ.get(SWITCH) == "measure")
     kept = _plans.setdefault(weight, {})
+    version = None if weight.packed.is_inference() else weight.packed._version
     plan = kept.get((backend.name,))
-    if plan is None:
-        plan = kept[(backend.name,)] = (backend, backend.prepare(weight))
+    if plan is None or plan[2] != version:
+        plan = kept[(backend.name,)] = (backend, backend.prepare(weight), version)
     if not _allowed:
         kept[key] = plan
     return plan

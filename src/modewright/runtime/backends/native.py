@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from modewright.errors import KernelError
+from modewright.errors import ConfigError, KernelError
 from modewright.runtime.backends.base import Backend, Case, cpu_problem
 from modewright.runtime.native.library import (
     ACTIVATIONS,
@@ -89,6 +89,11 @@ class Native(Backend):
         if bias is None:
             options |= NO_BIAS << 2
         else:
+            if bias.shape != (prepared.rows,) or not bias.is_cpu:
+                raise ConfigError(
+                    f"expected a bias [{prepared.rows}] on the CPU; received {list(bias.shape)} on "
+                    f"{bias.device}."
+                )
             if bias.dtype not in DTYPES or not bias.is_contiguous():
                 bias = bias.float().contiguous()
             bias_at = bias.data_ptr()
