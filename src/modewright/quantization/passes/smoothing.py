@@ -142,7 +142,7 @@ def _sample(block: Block, group: LayerGroup) -> torch.Tensor | None:
         if rows is not None and len(rows):
             rows = rows * row_weights(rows, limit=4.0)
             step = max(1, len(rows) // each)
-            found.append(rows[step // 2 :: step][:each])
+            found.append(rows[::step][:each])  # with the first token, whose inputs are largest
     return torch.cat(found) if found else None
 
 
