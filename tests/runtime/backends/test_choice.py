@@ -30,7 +30,8 @@ def case(fmt: str, rows: int, act: str | None = None, device: str = "cpu") -> Ca
     ("fmt", "rows", "act", "expected"),
     [
         ("int4", 1, None, "int4pack"),
-        ("int4", 64, None, "buffered"),
+        ("int4", 64, None, "int4pack"),
+        ("int4", 200, None, "buffered"),
         ("int8", 1, None, "int8pack"),
         ("int8", 64, "int8_token", "onednn-int8"),
         ("int3", 1, None, "portable"),

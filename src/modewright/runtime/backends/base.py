@@ -12,8 +12,8 @@ import torch
 from modewright.runtime.packed_spec import PackedSpec
 from modewright.runtime.packed_weight import PackedWeight
 
-FEW_ROWS = 8
-"""Up to so many rows a call counts as decoding."""
+FEW_ROWS, SOME_ROWS, MORE_ROWS = 8, 32, 128
+"""Where the choice may change: calls with as many rows, by these steps, are served alike."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 """Which backend multiplies, and the product itself.
 
 The choice depends on the weight's spec, the device, the dtype, how activations are quantized, and
-whether there are few rows (decoding) or many. It is made once for each weight and kept with what
-the backend prepared.
+on how many rows there are, from few (decoding) to many. It is made once for each weight and kept
+with what the backend prepared.
 
 Where something looks at the operations and not at the result, the portable backend serves, which
 consists of torch's own: when a gradient is needed, while a model is traced, compiled or exported,
@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from modewright.errors import ConfigError
-from modewright.runtime.backends.base import FEW_ROWS, Backend, Case
+from modewright.runtime.backends.base import FEW_ROWS, MORE_ROWS, SOME_ROWS, Backend, Case
 from modewright.runtime.backends.measure import fastest
 from modewright.runtime.backends.portable import portable_linear
 from modewright.runtime.backends.table import backend_named, backends
@@ -71,8 +71,10 @@ def linear(
         raise ConfigError(
             f"expected activations [..., {columns}] for {weight.spec}; received {list(shape)}."
         )
-    few = x.numel() <= FEW_ROWS * columns
-    key = (x.dtype, x.is_cpu, act, few)
+    count = x.numel()
+    size = (count > FEW_ROWS * columns) + (count > SOME_ROWS * columns)
+    size += count > MORE_ROWS * columns
+    key = (x.dtype, x.is_cpu, act, size)
     kept = _plans.get(weight)
     plan = None if kept is None else kept.get(key)
     if (

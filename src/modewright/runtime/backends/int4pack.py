@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from modewright.runtime.backends.base import FEW_ROWS, Backend, Case, cpu_problem, fitting
+from modewright.runtime.backends.base import MORE_ROWS, Backend, Case, cpu_problem, fitting
 from modewright.runtime.packed_weight import PackedWeight
 
 _GROUPS = (32, 64, 128, 256)
@@ -30,7 +30,7 @@ class Int4Pack(Backend):
 
     name = "int4pack"
     summary = "torch's int4 product; weights in an order of its own, activations in bfloat16"
-    needs = f"int4 or uint4 in groups of {_GROUPS}, outputs a multiple of 16, few rows"
+    needs = f"int4 or uint4 in groups of {_GROUPS}, outputs a multiple of 16, up to 128 rows"
     accuracy = 1e-2
     copies = True
 
@@ -47,8 +47,8 @@ class Int4Pack(Backend):
             return f"outputs are a multiple of 16; here {rows}"
         if case.act is not None:
             return "it leaves activations unquantized"
-        if case.rows > FEW_ROWS:
-            return f"with more than {FEW_ROWS} rows a dense product is faster"
+        if case.rows > MORE_ROWS:
+            return f"with more than {MORE_ROWS} rows unpacking first is faster"
         return cpu_problem(case)
 
     def prepare(self, weight: PackedWeight) -> Int4Weight:  # noqa: D102

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from modewright.runtime.backends.base import FEW_ROWS, Backend, Case, cpu_problem, fitting, short
+from modewright.runtime.backends.base import SOME_ROWS, Backend, Case, cpu_problem, fitting, short
 from modewright.runtime.packed_weight import PackedWeight
 
 
@@ -23,7 +23,7 @@ class Int8Pack(Backend):
 
     name = "int8pack"
     summary = "torch's int8 product; signed weights, activations in bfloat16"
-    needs = "int8 with a scale per channel, inputs a multiple of 16, few rows"
+    needs = "int8 with a scale per channel, inputs a multiple of 16, up to 32 rows"
     accuracy = 1e-2
     copies = True
 
@@ -35,8 +35,8 @@ class Int8Pack(Backend):
             return f"inputs are a multiple of 16; here {spec.shape[1]}"
         if case.act is not None:
             return "it leaves activations unquantized"
-        if case.rows > FEW_ROWS:
-            return f"with more than {FEW_ROWS} rows a dense product is faster"
+        if case.rows > SOME_ROWS:
+            return f"with more than {SOME_ROWS} rows unpacking first is faster"
         return cpu_problem(case)
 
     def prepare(self, weight: PackedWeight) -> Int8Weight:  # noqa: D102

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from modewright.runtime.backends.base import FEW_ROWS, Backend, Case
+from modewright.runtime.backends.base import MORE_ROWS, Backend, Case
 from modewright.runtime.packed_weight import PackedWeight
 
 _ROUNDS = 5
-_MANY_ROWS = 128
+_MANY_ROWS = 2 * MORE_ROWS
 
 
 @cache
 def fastest(case: Case, candidates: tuple[Backend, ...]) -> Backend:
     """Return the candidate that takes the least time; they are timed in turns."""
     weight = random_weight(case)
-    rows = case.rows if case.rows <= FEW_ROWS else min(case.rows, _MANY_ROWS)
+    rows = min(case.rows, _MANY_ROWS)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, case.spec.shape[1], generator=generator)
     x = x.to(case.device, case.dtype)
