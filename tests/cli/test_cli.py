@@ -255,7 +255,8 @@ def test_the_options_of_every_verb_are_these() -> None:
         options[verb] = sorted(p.name for p in command.params)
 
     assert options == {
-        "optimize": ["as_json", "dry_run", "model", "output", "recipe"],
+        "optimize": ["as_json", "dry_run", "model", "output", "recipe", "stream"],
+        "backends": ["as_json", "device", "dtype", "measure", "threads"],
         "bench": [
             "against",
             "as_json",

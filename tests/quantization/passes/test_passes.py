@@ -352,3 +352,21 @@ def test_layers_without_quantized_inputs_are_not_rotated_unless_asked(original: 
 
     assert len(left) == 14
     assert len(metadata(model)["solved"]) == 14
+
+
+def test_smoothing_sees_the_first_tokens_whose_inputs_are_much_larger() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    batches = [torch.randn(1, 2048, 32, generator=generator) for _ in range(8)]
+    for batch in batches:
+        batch[:, :, 5] *= 20  # an outlier in every token, in another channel than the first one's
+        batch[:, 0] = 0.1 * batch[:, 0]
+        batch[:, 0, 3] = 2000.0
+    first = torch.cat([batch[:, 0] for batch in batches])
+    wanted = model(first).detach()
+    modewright.apply_mode(model, ("quantize", {"scheme": "w8a8"}))
+    before = (model(first) - wanted).norm()
+
+    modewright.apply_mode(model, "smoothquant", mode_kwargs={"calibration": batches})
+
+    assert (model(first) - wanted).norm() < 1.5 * before
