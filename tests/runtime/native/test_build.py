@@ -120,12 +120,12 @@ def test_the_name_follows_from_the_source(tmp_path: Path, monkeypatch: pytest.Mo
     changed = private(tmp_path / "source")
     for source in build.SOURCE.iterdir():
         (changed / source.name).write_bytes(source.read_bytes())
-    before = build._fingerprint()
+    before = build.library_name()
     monkeypatch.setattr(build, "SOURCE", changed)
 
-    assert build._fingerprint() == before
+    assert build.library_name() == before
     (changed / "scalar.cpp").write_text("// changed")
-    assert build._fingerprint() != before
+    assert build.library_name() != before
 
 
 def test_the_source_comes_with_the_package() -> None:

@@ -19,8 +19,6 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import platformdirs
-
 from modewright.errors import KernelError
 
 SOURCE = Path(__file__).parent / "source"
@@ -47,11 +45,11 @@ def library_path(folder: Path | None = None) -> Path:
     Raises:
         KernelError: There is no compiler, it failed, or the folder is not the user's alone.
     """
-    name = f"modewright-kernels-{_fingerprint()}.so"
+    name = library_name()
     bundled = BUNDLED / name
     if bundled.is_file():
         return bundled
-    place = folder or Path(platformdirs.user_cache_dir("modewright")) / "kernels"
+    place = folder or _user_folder()
     made = place / name
     _make_private(place)
     if not made.is_file():
@@ -102,14 +100,14 @@ def find_compiler() -> str:
     raise KernelError(f"no C++ compiler: neither $CXX nor any of {', '.join(COMPILERS)} is there")
 
 
-def _fingerprint() -> str:
-    """Return a hash of all that the library is made from."""
+def library_name() -> str:
+    """Return the file name of the library, which holds a hash of all that it is made from."""
     digest = hashlib.sha256(platform.machine().encode())
     for source in sorted(SOURCE.iterdir()):
         if source.suffix in (".cpp", ".h"):
             digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
             digest.update(" ".join(flags_of(source)).encode())
-    return digest.hexdigest()[:20]
+    return f"modewright-kernels-{digest.hexdigest()[:20]}.so"
 
 
 def _run(command: list[str]) -> None:
@@ -120,6 +118,12 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise KernelError(f"{command[0]} failed: {said[0] if said else 'it said nothing'}")
+
+
+def _user_folder() -> Path:
+    import platformdirs  # not there while a wheel is built
+
+    return Path(platformdirs.user_cache_dir("modewright")) / "kernels"
 
 
 def _make_private(folder: Path) -> None:
