@@ -13,8 +13,8 @@ quantization. ``GB/s`` are the bytes of the weight as it is stored, to be compar
 ``copy`` of the same run. ``error`` is that of the output against dequantizing (and quantizing
 activations as the scheme says) in float32.
 
-``--all`` times every backend that does not refuse; otherwise only the one that is picked. torchao
-is in the table where it can be imported.
+``--all`` times every backend that does not refuse; otherwise only the one that is picked. ONNX
+Runtime and torchao are in the table where they can be imported (``peers/single_layers.py``).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -34,6 +35,7 @@ from torch.nn import functional as F  # noqa: N812
 from modewright.runtime.backends import Case, backends, choose
 from modewright.runtime.backends.portable import portable_linear
 from modewright.runtime.packed_weight import PackedSpec, PackedWeight
+from peers.single_layers import PEERS
 
 SHAPES = ("576x1536", "2048x2048", "4096x4096", "4096x11008")  # inputs x outputs
 ROWS = (1, 8, 64, 512)
@@ -83,7 +85,7 @@ class Candidate:
 
     weights: str
     backend: str
-    calls: list[Callable[[], torch.Tensor]]
+    calls: list[Callable[[], Any]]
     nbytes: int
     error: float = 0.0
 
@@ -219,7 +221,7 @@ def measure(shape: str, rows: int, names: list[str], every: bool, seconds: float
     candidates = dense(x, outputs)
     for name in names:
         candidates += packed(name, x, outputs, every)
-    candidates += peers(x, outputs)
+    candidates += peers(x, outputs, names)
     medians = time_all(candidates, seconds)
     fp32, bf16 = medians[:2]
     work = 2e-9 * rows * inputs * outputs
@@ -240,19 +242,14 @@ def measure(shape: str, rows: int, names: list[str], every: bool, seconds: float
     ]
 
 
-def peers(x: torch.Tensor, outputs: int) -> list[Candidate]:
-    """Return the peers that can be imported."""
+def peers(x: torch.Tensor, outputs: int, names: list[str]) -> list[Candidate]:
+    """Return the peers that can be imported and multiply by such weights."""
     found = []
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError:
-        return found
-    count = copies(outputs * x.shape[1])
-    layers = [torch.nn.Linear(x.shape[1], outputs, bias=False) for _ in range(count)]
-    for layer in layers:
-        quantize_(layer, Int8WeightOnlyConfig())
-    calls = [lambda layer=layer: layer(x) for layer in layers]
-    found.append(Candidate("int8", "torchao", calls, outputs * x.shape[1]))
+    for weights, library, width, make in PEERS:
+        nbytes = int(outputs * x.shape[1] * width)
+        calls = make(x, outputs, copies(nbytes)) if weights in names else None
+        if calls is not None:
+            found.append(Candidate(weights, library, calls, nbytes, float("nan")))
     return found
 
 
