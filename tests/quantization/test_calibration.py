@@ -144,7 +144,8 @@ def test_the_record_says_what_scales_there_are(scheme: str, shapes: dict[str, li
 
 def test_two_level_scales_are_fp8_numbers_times_the_scale_of_the_tensor() -> None:
     model = nn.Sequential(nn.Linear(130, 3))
-    modewright.quantize(model, "nvfp4_w4a16")
+    by_max = {"targets": ["0"], "weights": {"scale_rule": "max"}}
+    modewright.quantize(model, "nvfp4_w4a16", config={"rules": [by_max]})
     quantizer = model[0].weight_quantizer
     weight = model[0].weight.detach()
     assert quantizer.global_scale == weight.abs().max() / (6 * 448)
@@ -152,6 +153,17 @@ def test_two_level_scales_are_fp8_numbers_times_the_scale_of_the_tensor() -> Non
     first = weight[:, :16].abs().amax(dim=1) / 6 / quantizer.global_scale
     assert torch.equal(quantizer.scale[:, 0], first.to(torch.float8_e4m3fn).float())
     assert quantizer.scale.max() == 448
+
+
+def test_four_over_six_leaves_room_for_a_scale_half_as_large_again() -> None:
+    model = nn.Sequential(nn.Linear(130, 3))
+    modewright.quantize(model, "nvfp4_w4a16")
+    quantizer = model[0].weight_quantizer
+    weight = model[0].weight.detach()
+    assert quantizer.global_scale == weight.abs().max() / (6 * 256)
+    amax = weight[:, :16].abs().amax(dim=1) / quantizer.global_scale
+    choices = torch.stack([(amax / top).to(torch.float8_e4m3fn).float() for top in (6, 4)])
+    assert (quantizer.scale[:, 0] == choices).any(dim=0).all()
 
 
 def test_missing_data_is_an_error_that_names_a_quantizer_and_a_way_out() -> None:

@@ -20,6 +20,7 @@ from modewright.calibration.forward import evaluating
 from modewright.errors import ConfigError, DataError
 
 _TOGETHER = 32  # windows that are written at a time
+_CACHE_ARGUMENTS = ("cache", "past_key_values")  # newest name first
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -40,7 +41,8 @@ def generate_windows(
     Args:
         model: Maps token ids int64 ``[windows, length]`` to logits, float ``[windows, length,
             vocabulary]``, or to something that holds them as ``logits``. Keys and values are
-            cached if its ``forward`` takes ``past_key_values`` and ``use_cache``.
+            cached if its ``forward`` takes ``use_cache`` and ``cache`` (``past_key_values`` before
+            transformers 5.24).
         count: How many windows.
         length: Tokens in a window.
         seed: Of all random choices.
@@ -91,7 +93,8 @@ def _continued(
 ) -> torch.Tensor:
     """Let the model continue first tokens ``[n, 1]``; return ``[n, length]``."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    options: dict[str, Any] = {"use_cache": True} if _has_cache(model) else {}
+    argument = _cache_argument(model)
+    options: dict[str, Any] = {} if argument is None else {"use_cache": True}
     if "logits_to_keep" in _parameters(model):
         options["logits_to_keep"] = 1
     fed = ids
@@ -111,9 +114,9 @@ def _continued(
         else:
             drawn = torch.multinomial(last.softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, drawn], dim=1)
-        cache = getattr(output, "past_key_values", None) if "use_cache" in options else None
-        if cache is not None:
-            options["past_key_values"] = cache
+        cache = None if argument is None else getattr(output, argument, None)
+        if argument is not None and cache is not None:
+            options[argument] = cache
         fed = ids if cache is None else drawn
     return ids
 
@@ -135,8 +138,11 @@ def _first_tokens(model: nn.Module) -> torch.Tensor:
     return torch.tensor([token for token in range(size) if token not in special])
 
 
-def _has_cache(model: nn.Module) -> bool:
-    return {"past_key_values", "use_cache"} <= _parameters(model)
+def _cache_argument(model: nn.Module) -> str | None:
+    """Return the name of the argument (and output) that holds keys and values, if there is one."""
+    known = _parameters(model)
+    named = next((name for name in _CACHE_ARGUMENTS if name in known), None)
+    return named if "use_cache" in known else None
 
 
 def _parameters(model: nn.Module) -> set[str]:
