@@ -138,7 +138,7 @@ void dot_outputs(const Job& job, const Unpacker& u, int64_t n, const RowScales& 
 
 // Rows that are far apart and a power of two long would meet in the same sets of the cache, so only
 // short ones are read side by side.
-constexpr int64_t kShortRow = 1024;
+constexpr int64_t kShortRow = 512;
 
 template <Kind KIND, bool TABLE>
 void dot_kind(const Job& job, int64_t first, int64_t last) {
