@@ -35,6 +35,7 @@ Scales = tuple[torch.Tensor, torch.Tensor | None]
 
 _SLAB = 1 << 17  # values searched at a time: few enough for a processor's cache
 _UPDATES = 2
+_SHIFTS = (0, 1, -1, 0)  # of the zero point, when the scale is fitted to it
 _POWERS_OF_TWO = (2.0, 0.5, 0.25, 0.125)
 
 
@@ -105,7 +106,7 @@ def mse_scale(
     global_scale: torch.Tensor | None = None,
     *,
     importance: torch.Tensor | None = None,
-    steps: int = 8,
+    steps: int = 6,
     shrink: float = 0.1,
 ) -> Scales:
     """Return for every group the scale and zero point with the least squared error found.
@@ -212,9 +213,8 @@ def _search_range(best: BestScale, weights: torch.Tensor | None, steps: int, shr
     _, upper = _ends(best)
     for lower in lows:
         best.offer_range(lower, upper)
-    for _ in range(_UPDATES):
-        for shift in (0, 1, -1):
-            offer_fit(best, best.values, weights, shift)
+    for shift in _SHIFTS:
+        offer_fit(best, best.values, weights, shift)
 
 
 def offer_fit(
