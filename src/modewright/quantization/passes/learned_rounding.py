@@ -24,7 +24,7 @@ Metadata = dict[str, Any]
 _ROWS_IN_A_STEP = 1024
 _REACH = {"sign": 1.0, "adam": 2.0}  # steps of the grid, times the iterations: the rate of offsets
 _LONG = 3.0  # how many times the median error of a batch one token's error may count,
-_LOST = 10.0  # or this, times the part of the token that is lost over the median part
+_LOST = 30.0  # or this, times the part of the token that is lost over the median part
 
 
 def convert(
