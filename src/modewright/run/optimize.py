@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from modewright.builtin_modes import default_registry
+from modewright.errors import ConfigError
 from modewright.modes.checkpoint import inspect
 from modewright.modes.planning import Plan
 from modewright.modes.registry import ModeRegistry
@@ -68,7 +69,12 @@ def optimize(
     run = _prepared(recipe, registry, on_progress, stream)
     target = None if output is None else Path(output)
     if run.recipe.stream:
-        return stream_model(run, model, target)
+        if evaluation is not None:
+            raise ConfigError(
+                "evaluation: streaming never holds the whole model, so it measures no quality. "
+                "Leave it out, and measure the result."
+            )
+        return stream_model(run, model, target, calibration)
     require_replaceable(target)
     subject = run.load(model)
     plan_recipe(subject.model, run.recipe.steps, run.registry).require_ok()
