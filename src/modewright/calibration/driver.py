@@ -152,12 +152,13 @@ def _visit_unit(
     """Visit the one block that is there, if the unit is a block."""
     if unit.place is None:
         return {}
+    place = (unit.place.name, unit.place.index, unit.place.total)
     module = model.get_submodule(unit.place.name)
     with evaluating(model):
         with running():
             calls = unit.calls()
             originals = unit.calls(as_original) if keep_original else calls
-        block = Block(unit.place, module, calls, originals, as_original, running)
+        block = Block(place, module, calls, originals, as_original, running)
         found = visit(block)
         with torch.no_grad():
             if keep_original:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -22,7 +22,8 @@ from modewright.calibration.calls import Call
 Original = Callable[[nn.Module], AbstractContextManager[None]]
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Which block of a network a unit is: its path, its number from 0, and how many there are."""
 
     name: str

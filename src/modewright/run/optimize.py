@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,8 +21,10 @@ from modewright.run.planning import plan_recipe
 from modewright.run.progress import Progress, require_replaceable
 from modewright.run.result import Result
 from modewright.run.stages import OnProgress, Run
+from modewright.run.streaming.choice import is_streamed
 from modewright.run.streaming.run import plan_stream, stream_model
 
+Stream = bool | Literal["auto"] | None
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
 
@@ -33,7 +35,7 @@ def optimize(
     calibration: object = None,
     evaluation: torch.Tensor | None = None,
     output: str | Path | None = None,
-    stream: bool | None = None,
+    stream: Stream = None,
     registry: ModeRegistry | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
@@ -52,7 +54,8 @@ def optimize(
             recipe's data, and is needed to measure a model that comes without a tokenizer.
         output: The folder to write; it appears when everything is done.
         stream: Go block by block from files to output, for a model larger than memory; nothing is
-            measured then, and the result's model has no weights.
+            measured then, and the result's model has no weights. ``"auto"`` does so if the weights
+            would take more than half of the free memory.
         registry: Where modes are looked up; the default registry if left out.
         on_progress: Called with the name of a part, how much of it is done, and how much there is.
 
@@ -68,7 +71,7 @@ def optimize(
     """
     run = _prepared(recipe, registry, on_progress, stream)
     target = None if output is None else Path(output)
-    if run.recipe.stream:
+    if is_streamed(run.recipe, model):
         if evaluation is not None:
             raise ConfigError(
                 "evaluation: streaming never holds the whole model, so it measures no quality. "
@@ -97,7 +100,7 @@ def dry_run(
     model: object,
     recipe: RecipeLike,
     *,
-    stream: bool | None = None,
+    stream: Stream = None,
     registry: ModeRegistry | None = None,
     on_progress: OnProgress | None = None,
 ) -> Plan:
@@ -109,7 +112,7 @@ def dry_run(
         ConfigError: The recipe cannot be applied block by block.
     """
     run = _prepared(recipe, registry, on_progress, stream)
-    if run.recipe.stream:
+    if is_streamed(run.recipe, model):
         return plan_stream(run, model)
     subject = run.load(model)
     return plan_recipe(subject.model, run.recipe.steps, run.registry)
@@ -119,7 +122,7 @@ def _prepared(
     recipe: RecipeLike,
     registry: ModeRegistry | None,
     on_progress: OnProgress | None,
-    stream: bool | None,
+    stream: Stream,
 ) -> Run:
     """Read the recipe and check what it says of modes, before anything is loaded."""
     registry = default_registry if registry is None else registry

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pass gets of the data when it goes over one unit: of a block, of the front, of the rest."""
+"""What a pass gets of the data when it goes over a unit: a block, the front, or the rest."""
 
 from __future__ import annotations
 
@@ -149,5 +149,5 @@ class RestData(UnitData):
 
 
 def _key(step: int, run: int, *, original: bool = False) -> str:
-    """Return the name of a chain: the step of the recipe, which run of data of it, which network."""
+    """Return the name of a chain: the number of the step, of its run of data, and which network."""
     return f"{step}-{run}{'-original' if original else ''}"

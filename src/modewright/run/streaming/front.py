@@ -27,7 +27,7 @@ Passing = Callable[[int, Call], torch.Tensor]
 
 
 class StandIn(nn.Module):
-    """Stands where a block belongs; what else is asked of the block, the block without weights says.
+    """Stands where a block belongs; all else that it is asked, the block without weights answers.
 
     Args:
         number: Which block it is.

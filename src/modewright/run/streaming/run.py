@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from modewright.modes.manifest import Manifest, dtype_named
 from modewright.modes.merging import merge_states
 from modewright.modes.parts import Part, finish_checkpoint
 from modewright.modes.planning import Plan
-from modewright.modes.state import ModeState, state_of
+from modewright.modes.state import ModeRecord, ModeState, state_of
 from modewright.modes.storage import MANIFEST_NAME
 from modewright.quantization.size import packed_bytes
 from modewright.recipes.schema import SELF
@@ -225,7 +225,19 @@ def _united(parts: Sequence[Part], whole: nn.Module, run: Run) -> ModeState:
             "The units of the model were quantized in another way than the whole model would be: "
             f"{len(found)} layers, {len(expected.metadata['layers'])} expected."
         )
-    return ModeState((expected, *merged.records[1:]))
+    order = {name: index for index, (name, _) in enumerate(whole.named_modules())}
+    return ModeState((expected, *(_in_order(record, order) for record in merged.records[1:])))
+
+
+def _in_order(record: ModeRecord, order: Mapping[str, int]) -> ModeRecord:
+    """Return a record whose lists of modules are in the order of the model, not of its units."""
+    metadata = {
+        key: sorted(value, key=order.__getitem__)
+        if isinstance(value, list) and all(isinstance(v, str) and v in order for v in value)
+        else value
+        for key, value in record.metadata.items()
+    }
+    return replace(record, metadata=metadata)
 
 
 def _restored(skeleton: nn.Module, state: ModeState, manifest: Manifest, folder: Path) -> nn.Module:
