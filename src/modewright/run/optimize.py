@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 
 from modewright.builtin_modes import default_registry
-from modewright.errors import ConfigError
 from modewright.modes.checkpoint import inspect
 from modewright.modes.planning import Plan
 from modewright.modes.registry import ModeRegistry
@@ -46,16 +45,15 @@ def optimize(
     With an ``output``, a run that was killed goes on where it stopped when it is called again.
 
     Args:
-        model: A local Hugging Face folder, a GGUF file or ``"demo:smollm2"``; or a module or
-            model-like, which is converted in place.
+        model: A Hugging Face folder, a GGUF file or ``"demo:smollm2"``; or a module or model-like,
+            which is converted in place.
         recipe: The name of a recipe, a YAML file, its content, or a :class:`modewright.Recipe`.
         calibration: Batches, or a function that runs the model; overrides the recipe's data.
         evaluation: Token windows ``[windows, length]`` int64 to measure with; overrides the
             recipe's data, and is needed to measure a model that comes without a tokenizer.
         output: The folder to write; it appears when everything is done.
-        stream: Go block by block from files to output, for a model larger than memory; nothing is
-            measured then, and the result's model has no weights. ``"auto"`` does so if the weights
-            would take more than half of the free memory.
+        stream: Go block by block from files to output; nothing is measured then, and the result's
+            model has no weights. ``"auto"`` does so if the weights would fill half the free memory.
         registry: Where modes are looked up; the default registry if left out.
         on_progress: Called with the name of a part, how much of it is done, and how much there is.
 
@@ -72,12 +70,7 @@ def optimize(
     run = _prepared(recipe, registry, on_progress, stream)
     target = None if output is None else Path(output)
     if is_streamed(run.recipe, model):
-        if evaluation is not None:
-            raise ConfigError(
-                "evaluation: streaming never holds the whole model, so it measures no quality. "
-                "Leave it out, and measure the result."
-            )
-        return stream_model(run, model, target, calibration)
+        return stream_model(run, model, target, calibration, evaluation)
     require_replaceable(target)
     subject = run.load(model)
     plan_recipe(subject.model, run.recipe.steps, run.registry).require_ok()

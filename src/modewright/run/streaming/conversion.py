@@ -36,13 +36,25 @@ from modewright.run.streaming.units import REST, Units
 DataFor = Callable[[int], UnitData]
 
 
+@dataclass(frozen=True)
+class Weights:
+    """A model on disk.
+
+    Attributes:
+        units: The model without weights, and how it is cut.
+        shards: Its weights.
+    """
+
+    units: Units
+    shards: Shards
+
+
 @dataclass
 class Conversion:
     """The units of a model, converted one after the other.
 
     Attributes:
-        units: The model without weights, and how it is cut.
-        shards: Its weights.
+        source: What is converted.
         steps: The steps of the recipe.
         network: The model without weights and with its quantizers.
         registry: Where modes are looked up.
@@ -52,8 +64,7 @@ class Conversion:
         batches: What modes look at; ``None`` if none of them needs data.
     """
 
-    units: Units
-    shards: Shards
+    source: Weights
     steps: Steps
     network: nn.Module
     registry: ModeRegistry
@@ -78,7 +89,7 @@ class Conversion:
             DataError: The data cannot be run through the model unit by unit.
             CheckpointError: A file is damaged or cannot be written.
         """
-        names = self.units.names
+        names = self.source.units.names
         known = [self.kept.load(index) for index in range(len(names))]
         if self.batches is not None:
             known = self._gone_on_from(known)
@@ -98,23 +109,23 @@ class Conversion:
         finished = len(list(takewhile(lambda part: part is not None, known)))
         if finished and finished < len(known) and not self.chains.load(finished):
             finished = 0
-        if finished < len(self.units.blocks):
+        if finished < len(self.source.units.blocks):
             self._front = self._opened()
         return [*known[:finished], *[None] * (len(known) - finished)]
 
     def _opened(self) -> Front:
         """Read the rest of the model, for what of it runs before the blocks."""
-        rest = self.units.shell(REST)
-        stands = StandIns(rest, self.units.skeleton, self.units.blocks)
-        self.units.fill(rest, self.shards)
+        rest = self.source.units.shell(REST)
+        stands = StandIns(rest, self.source.units.skeleton, self.source.units.blocks)
+        self.source.units.fill(rest, self.source.shards)
         return Front(stands, self.batches or ())
 
     def _convert(self, index: int, name: str, total: int) -> Part:
         """Read, convert and write one unit."""
-        shell = self.units.shell(name)
+        shell = self.source.units.shell(name)
         config = QuantizeConfig.model_validate(self.steps.for_shell()[0][1])
         touched = bool(plan_layers(shell, config).schemes)
-        self.units.fill(shell, self.shards)
+        self.source.units.fill(shell, self.source.shards)
         if self.batches is not None and name != REST:
             self._convert_block(shell, Place(name, index, total - 1), touched=touched)
         elif touched:
@@ -141,7 +152,7 @@ class Conversion:
         """Convert the rest, or a block of a recipe that needs no data."""
         stands = None
         if self.batches is not None:
-            stands = StandIns(shell, self.units.skeleton, self.units.blocks)
+            stands = StandIns(shell, self.source.units.skeleton, self.source.units.blocks)
             stands.find_form(self.batches[0])
         for step in range(len(self.steps.modes)):
             data = None

@@ -34,7 +34,7 @@ from modewright.run.progress import Progress, require_replaceable
 from modewright.run.result import Result
 from modewright.run.stages import Run, skipped_of
 from modewright.run.streaming.chains import Chains
-from modewright.run.streaming.conversion import Conversion
+from modewright.run.streaming.conversion import Conversion, Weights
 from modewright.run.streaming.kept import KeptParts
 from modewright.run.streaming.support import Steps
 from modewright.run.streaming.units import Units
@@ -44,7 +44,11 @@ VERIFIED = "this process: the log onto a model without weights, each tensor by i
 
 
 def stream_model(
-    run: Run, model: object, output: Path | None, calibration: object = None
+    run: Run,
+    model: object,
+    output: Path | None,
+    calibration: object = None,
+    evaluation: object = None,
 ) -> Result:
     """Optimize a folder of safetensors shards without ever holding the whole model.
 
@@ -53,6 +57,7 @@ def stream_model(
         model: The folder of a Hugging Face model.
         output: The folder to write.
         calibration: Batches; overrides the recipe's data.
+        evaluation: Nothing: it is there so that what cannot be measured is refused.
 
     Returns:
         A result whose ``model`` has all modes and no weights, and which measures no quality.
@@ -65,6 +70,11 @@ def stream_model(
     """
     if output is None:
         raise ConfigError("Streaming writes to disk as it goes: name the folder with `output`.")
+    if evaluation is not None:
+        raise ConfigError(
+            "evaluation: streaming never holds the whole model, so it measures no quality. Leave "
+            "it out, and measure the result."
+        )
     require_replaceable(output)
     steps = Steps(run.recipe, run.registry)
     with run.timed("load"):
@@ -74,19 +84,12 @@ def stream_model(
     data = _data(run, steps, source, whole, calibration)
     progress = Progress(output, _fingerprint(run, source, data))
     with progress.result_folder() as folder:
-        conversion = Conversion(
-            units=source.units,
-            shards=source.shards,
-            steps=steps,
-            network=whole,
-            registry=run.registry,
-            kept=KeptParts(progress.parts_folder, folder),
-            chains=Chains(progress.parts_folder),
-            folder=folder,
-            batches=None if data is None else data.batches(),
-        )
+        kept = KeptParts(progress.parts_folder, folder)
+        chains = Chains(progress.parts_folder)
+        batches = None if data is None else data.batches()
+        convert = Conversion(source, steps, whole, run.registry, kept, chains, folder, batches)
         with run.timed("blocks"):
-            parts = conversion.convert_all(partial(run.on_progress, "blocks"))
+            parts = convert.convert_all(partial(run.on_progress, "blocks"))
         with run.timed("save"):
             state = _united(parts, whole, run)
             manifest = finish_checkpoint(folder, state, parts)
@@ -117,12 +120,10 @@ def plan_stream(run: Run, model: object) -> Plan:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Source(Weights):
     """What is streamed: the files, and the model that they are of, without weights."""
 
     folder: Path
-    shards: Shards
-    units: Units
     tokenizer: object
 
     @classmethod
@@ -136,7 +137,7 @@ class _Source:
             )
         shards = Shards(folder)
         units = Units(hf.build_from_config(folder, dtype=torch.float32))
-        return cls(folder, shards, units, hf.load_tokenizer(folder))
+        return cls(units, shards, folder, hf.load_tokenizer(folder))
 
     def check(self) -> None:
         """Check that the files hold every tensor of the model."""
