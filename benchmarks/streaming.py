@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What it takes to optimize a model that is larger than memory: peak memory, seconds for a block.
 
-    python benchmarks/streaming.py WORKSPACE [--layers 4 8] [--json] [--keep]
+    python benchmarks/streaming.py WORKSPACE [--layers 4 8] [--hidden 4096] [--recipe int4-packed]
 
 For each depth a Llama of the width of a 7-billion-parameter model (hidden 4096, intermediate 11008,
-32 heads, vocabulary 32000) with random bfloat16 weights is written to WORKSPACE, shard by shard; 32
-layers are the whole of it, 13.5 GB. ``modewright optimize --stream`` then runs in a child process
-with int4 weights in groups of 64 and int8 embedding and head, packed. The peak is what the system
+32 heads, vocabulary 32000), or of another one in the same proportions, with random bfloat16 weights
+is written to WORKSPACE, shard by shard; 32 layers are the whole of it, 13.5 GB. ``modewright
+optimize --stream`` then runs in a child process: without ``--recipe`` one that needs no data (int4
+weights in groups of 64 and int8 embedding and head, packed), otherwise the one that is named, with
+its calibration data. The peak is what the system
 says of the child (``ru_maxrss``, which counts pages of mapped files too); seconds are those of the
 processor and of the wall clock. Everything is deleted afterwards.
 """
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 4096, 11008, 32, 32000
+HIDDEN, INTERMEDIATE, HEAD_SIZE, VOCABULARY = 4096, 11008, 128, 32000
 RECIPE = """\
 steps:
   - mode: quantize
@@ -38,25 +40,29 @@ steps:
   - mode: max_calibrate
   - mode: compress
 """
-BLOCK = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN, HIDDEN),
-    "self_attn.v_proj": (HIDDEN, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-    "input_layernorm": (HIDDEN,),
-    "post_attention_layernorm": (HIDDEN,),
-}
-OUTSIDE = {
-    "model.embed_tokens": (VOCABULARY, HIDDEN),
-    "model.norm": (HIDDEN,),
-    "lm_head": (VOCABULARY, HIDDEN),
-}
 
 
-def write_model(folder: Path, layers: int) -> int:
+def block_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one block's weights."""
+    square, wide = (hidden, hidden), (hidden * INTERMEDIATE // HIDDEN, hidden)
+    projections = {f"self_attn.{name}_proj": square for name in "qkvo"}
+    return {
+        **projections,
+        "mlp.gate_proj": wide,
+        "mlp.up_proj": wide,
+        "mlp.down_proj": wide[::-1],
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+
+
+def outside_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights around the blocks."""
+    table = (VOCABULARY, hidden)
+    return {"model.embed_tokens": table, "model.norm": (hidden,), "lm_head": table}
+
+
+def write_model(folder: Path, layers: int, hidden: int) -> int:
     """Write a model with random weights, two blocks to a file; return its parameters."""
     import tokenizers
     import transformers
@@ -64,23 +70,27 @@ def write_model(folder: Path, layers: int) -> int:
     folder.mkdir(parents=True)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
+        hidden_size=hidden,
+        intermediate_size=hidden * INTERMEDIATE // HIDDEN,
         num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        num_attention_heads=hidden // HEAD_SIZE,
+        num_key_value_heads=hidden // HEAD_SIZE,
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
-    inner: Any = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}))
+    split = tokenizers.pre_tokenizers.ByteLevel  # every byte of a text is a token
+    bytes_of = {byte: number for number, byte in enumerate(sorted(split.alphabet()))}
+    inner: Any = tokenizers.Tokenizer(tokenizers.models.BPE(bytes_of, merges=[]))
+    inner.pre_tokenizer = split(add_prefix_space=False)
     transformers.PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
 
     blocks = [
-        {f"model.layers.{number}.{name}": shape for name, shape in BLOCK.items()}
+        {f"model.layers.{number}.{name}": shape for name, shape in block_shapes(hidden).items()}
         for number in range(layers)
     ]
-    files = [OUTSIDE, *({**a, **b} for a, b in zip(blocks[::2], blocks[1::2], strict=True))]
+    outside = outside_shapes(hidden)
+    files = [outside, *({**a, **b} for a, b in zip(blocks[::2], blocks[1::2], strict=True))]
     places, size = {}, 0
     torch.manual_seed(0)
     for number, shapes in enumerate(files, start=1):
@@ -99,16 +109,18 @@ def _random(shape: tuple[int, ...]) -> torch.Tensor:
     return made.fill_(1) if len(shape) == 1 else made.normal_(std=0.02)
 
 
-def measure(workspace: Path, layers: int, keep: bool) -> dict[str, float]:
+def measure(workspace: Path, layers: int, options: argparse.Namespace) -> dict[str, float]:
     """Write, optimize and delete a model of some depth; return what it took."""
-    model, output = workspace / f"llama-{layers}", workspace / f"packed-{layers}"
-    recipe = workspace / "streamed.yaml"
+    name = f"{options.hidden}-{layers}"
+    model, output = workspace / f"llama-{name}", workspace / f"packed-{name}"
+    recipe = options.recipe or str(workspace / "streamed.yaml")
     if not model.is_dir():
-        write_model(model, layers)
-    recipe.write_text(RECIPE)
+        write_model(model, layers, options.hidden)
+    if not options.recipe:
+        Path(recipe).write_text(RECIPE)
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "modewright", "optimize", str(model), "--stream", "--json"]
-    command += ["--recipe", str(recipe), "--output", str(output)]
+    command += ["--recipe", recipe, "--output", str(output)]
     started = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     said = "" if child.stdout is None else child.stdout.read()
@@ -130,7 +142,7 @@ def measure(workspace: Path, layers: int, keep: bool) -> dict[str, float]:
         "blocks_seconds": steps["blocks"],
         "verify_seconds": steps["restore"],
     }
-    if not keep:
+    if not options.keep:
         shutil.rmtree(model)
         shutil.rmtree(output)
     return found
@@ -141,13 +153,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workspace", type=Path)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8], help="even numbers")
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="width, a multiple of 128")
+    parser.add_argument("--recipe", help="name of a recipe, or a YAML file")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--keep", action="store_true", help="do not delete models and outputs")
     options = parser.parse_args()
     options.workspace.mkdir(parents=True, exist_ok=True)
     rows = []
     for layers in options.layers:
-        row = measure(options.workspace, layers, options.keep)
+        row = measure(options.workspace, layers, options)
         rows.append(row)
         if not options.json:
             print("  ".join(f"{name} {value:.2f}" for name, value in row.items()), flush=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,22 @@ def test_restored_model_is_saved_as_the_same_bytes(tmp_path: Path, registry: Mod
     bodies = [read_body(p) for p in (one, two)]
     assert bodies[0]["tensors"] == bodies[1]["tensors"]
     assert bodies[0]["state"] == bodies[1]["state"]
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_garbage_is_collected_afterwards_if_it_was_before(
+    tmp_path: Path, registry: ModeRegistry, collecting: bool
+) -> None:
+    file = save(apply_mode(MLP.make(), "widths", registry=registry), tmp_path / "m.safetensors")
+    was = gc.isenabled()
+    try:
+        gc.enable() if collecting else gc.disable()
+        with pytest.raises(CheckpointError):
+            restore(LM.make(), file, registry=registry)
+        restore(MLP.make(), file, registry=registry)
+        assert gc.isenabled() is collecting
+    finally:
+        gc.enable() if was else gc.disable()
 
 
 LIKES: dict[str, Callable[[], Any]] = {

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from modewright.integrations.shards import Shards
 from modewright.integrations.transformers import build_from_config, load_language_model
 from modewright.modes.storage import read_manifest
 from modewright.run.optimize import dry_run
+from modewright.run.streaming.choice import is_streamed
 from modewright.run.streaming.units import Units
 from support.language_models import save_tiny_llama
 
@@ -209,7 +211,7 @@ def test_a_finished_block_that_was_damaged_since_is_done_again(
 
     modewright.optimize(llama, recipe(PACKED), output=tmp_path / "out", stream=True)
 
-    assert converted == ["model.layers.0", "model.layers.2", "model.layers.3"]
+    assert converted == ["model.layers.1", "model.layers.3", "the rest"]
     modewright.verify(tmp_path / "out")
 
 
@@ -251,10 +253,31 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 REFUSED: dict[str, tuple[list[Any], dict[str, Any], type[Exception], str]] = {
     "pattern": (with_quantize("compress", ignore=["*.down_porj"]), {}, MatchError, "down_proj"),
-    "needs data": (with_quantize("gptq"), {}, ConfigError, "gptq of this recipe look at"),
-    "importance": (with_quantize("mse"), {}, ConfigError, "importance: false"),
-    "static": (with_quantize("max_calibrate", scheme="w8a8_static"), {}, ConfigError, "data"),
+    "self": (
+        with_quantize("gptq"),
+        {"calibration": {"source": ["builtin", "self"]}},
+        ConfigError,
+        "gptq look at text that the model writes.*'builtin' or a file",
+    ),
     "lsq": (with_quantize("max_calibrate", "lsq"), {}, ConfigError, "learns the scales of all"),
+    "lsq, and what streams": (
+        with_quantize("mse", "lsq", scheme="w4a16_asym"),
+        {},
+        ConfigError,
+        "Leave it out, or take recipe 'int4' or 'int4-packed'",
+    ),
+    "a unit that cannot be packed": (
+        with_quantize("compress", scheme="kv8", targets=["*.self_attn"]),
+        {},
+        ConfigError,
+        r"(?s)pack nothing of model\.layers\.0.*only activations",
+    ),
+    "too little text": (
+        with_quantize("gptq"),
+        {"calibration": {"windows": 10**9, "length": 64}},
+        DataError,
+        "windows",
+    ),
     "rotate": (["rotate", *with_quantize()], {}, ConfigError, "stream that all blocks"),
     "fallback": (
         with_quantize({"mode": "hqq", "fallback": ["max_calibrate"]}),
@@ -298,6 +321,24 @@ def test_recipe_may_say_that_it_is_streamed(llama: Path, tmp_path: Path) -> None
     result = modewright.optimize(llama, recipe(PACKED, stream=True), output=tmp_path / "out")
 
     assert [step.name for step in result.steps] == ["load", "blocks", "save", "restore"]
+
+
+@pytest.mark.parametrize(("free", "streamed"), [(10**9, False), (10**4, True)])
+def test_streaming_is_chosen_where_the_weights_would_not_fit(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, streamed: bool
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+
+    work = recipe(PACKED, stream="auto", evaluation={"windows": 1, "length": 8})
+    result = modewright.optimize(llama, work, output=tmp_path / "out")
+
+    assert ("blocks" in {step.name for step in result.steps}) == streamed
+
+
+def test_a_model_that_is_in_memory_is_not_streamed_of_itself() -> None:
+    work = modewright.load_recipe(recipe(PACKED, stream="auto"))
+
+    assert not is_streamed(work, nn.Linear(2, 2))
 
 
 def test_output_is_needed(llama: Path) -> None:

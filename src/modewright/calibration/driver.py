@@ -25,10 +25,10 @@ from modewright.calibration.block_progress import BlockProgress
 from modewright.calibration.blocks import find_blocks
 from modewright.calibration.calls import Call, CallKeeper, first_tensor
 from modewright.calibration.forward import evaluating, run_calibration
+from modewright.calibration.unit_data import Original, UnitData
 from modewright.errors import DataError
 
 Metadata = dict[str, Any]
-Original = Callable[[nn.Module], AbstractContextManager[None]]
 Running = Callable[[], AbstractContextManager[Any]]
 NOT_REACHED = "no calibration data reached this block"
 
@@ -100,7 +100,8 @@ def walk_blocks(
     Args:
         model: The network; every train flag is put back afterwards.
         calibration: Batches, or a function that runs the model, as ``run_calibration`` takes them.
-            It is gone through once; what the model was called with is kept.
+            It is gone through once; what the model was called with is kept. Or a
+            :class:`UnitData`, if the model is one unit of a network.
         visit: What is done to a block. It may change the block as long as it stays the same module.
         as_original: A context in which a module computes what it did before all conversions.
         keep_original: Follow the original network too; otherwise ``original_calls`` are ``calls``.
@@ -116,9 +117,11 @@ def walk_blocks(
         DataError: There are no batches, or one has another form; or the converted network does not
             call its blocks as the original one does.
     """
+    if isinstance(calibration, UnitData):
+        return _visit_unit(model, calibration, visit, as_original, keep_original, running)
     names = find_blocks(model) or ("",)
     found: dict[str, Metadata] = {name: {"": {"skipped": NOT_REACHED}} for name in names}
-    with evaluating(model), _no_cache(model):
+    with evaluating(model), no_cache(model):
         network = _Network(model, names)
         with as_original(model), running():
             network.survey(calibration)
@@ -136,6 +139,32 @@ def walk_blocks(
             if on_block is not None:
                 on_block(index + 1, len(network.order))
     return found
+
+
+def _visit_unit(
+    model: nn.Module,
+    unit: UnitData,
+    visit: Callable[[Block], Metadata],
+    as_original: Original,
+    keep_original: bool,
+    running: Running,
+) -> dict[str, Metadata]:
+    """Visit the one block that is there, if the unit is a block."""
+    if unit.place is None:
+        return {}
+    place = (unit.place.name, unit.place.index, unit.place.total)
+    module = model.get_submodule(unit.place.name)
+    with evaluating(model):
+        with running():
+            calls = unit.calls()
+            originals = unit.calls(as_original) if keep_original else calls
+        block = Block(place, module, calls, originals, as_original, running)
+        found = visit(block)
+        with torch.no_grad():
+            if keep_original:
+                unit.keep([tensor.cpu() for tensor in block.original_outputs()], original=True)
+            unit.keep([block.run(call).cpu() for call in block.calls])
+    return {unit.place.name: found}
 
 
 class _Stop(BaseException):
@@ -346,7 +375,7 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 @contextmanager
-def _no_cache(model: nn.Module) -> Iterator[None]:
+def no_cache(model: nn.Module) -> Iterator[None]:
     """Keep models of transformers, also inside others, from filling caches of keys and values."""
     owners = [(m, key) for m in model.modules() for key in ("config", "generation_config")]
     configs: list[Any] = [getattr(module, key, None) for module, key in owners]

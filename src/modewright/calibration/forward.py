@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from modewright.calibration.unit_data import UnitData
 from modewright.errors import DataError
 
 OnBatch = Callable[[int, "int | None"], None]
@@ -24,7 +25,8 @@ def run_calibration(
     Args:
         model: The model; every train flag is put back afterwards.
         calibration: Batches (each a tensor, a tuple or list of positional inputs, or a dict of
-            keyword inputs), or a function ``(model) -> None`` that runs the model itself.
+            keyword inputs), or a function ``(model) -> None`` that runs the model itself; or a
+            :class:`UnitData`, if the model is one unit of a network.
         on_batch: Called after each batch with its number from 1 and the number of all batches, if
             that is known.
 
@@ -35,6 +37,8 @@ def run_calibration(
         DataError: There are no batches, or one has another form.
     """
     with torch.no_grad(), evaluating(model):
+        if isinstance(calibration, UnitData):
+            return calibration.run(model)
         if callable(calibration):
             calibration(model)
             return 1

@@ -8,6 +8,7 @@ is closed, so that no mapped page stays in memory.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Shards:
 
     Attributes:
         bytes: Size of all files with weights.
+        values: How many numbers the weights are.
 
     Raises:
         DataError: The folder holds no model that can be loaded without running foreign code.
@@ -43,9 +45,12 @@ class Shards:
         files = [file for file in self._checked if file.suffix == _SUFFIX]
         self.bytes = sum(file.stat().st_size for file in files)
         self._files: dict[str, Path] = {}
+        self.values = 0
         for file in files:
             with _Reader(file) as reader:
-                self._files.update(dict.fromkeys(reader.keys(), file))
+                for name in reader.keys():  # noqa: SIM118 - a reader is no mapping
+                    self._files[name] = file
+                    self.values += math.prod(reader.get_slice(name).get_shape())
 
     def digest(self) -> str:
         """Return a digest over names, sizes and times of all files, and their headers.

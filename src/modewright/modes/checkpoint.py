@@ -22,6 +22,7 @@ from modewright.modes.apply import restore_records
 from modewright.modes.codec import join_tensors, split_tensors
 from modewright.modes.digests import checked_tensors
 from modewright.modes.empty import has_lost_buffers, parameters_on_meta
+from modewright.modes.garbage import uncollected
 from modewright.modes.manifest import (
     METADATA_PREFIX,
     Manifest,
@@ -97,7 +98,11 @@ def restore(
     model: object, path: str | Path, *, registry: ModeRegistry, verify: bool = True
 ) -> nn.Module:
     """Restore a checkpoint onto an unmodified model; see :func:`modewright.restore`."""
-    where = Path(path)
+    with uncollected():
+        return _restored(model, Path(path), registry, verify)
+
+
+def _restored(model: object, where: Path, registry: ModeRegistry, verify: bool) -> nn.Module:
     root, holder = as_model(model), None
     if isinstance(root, nn.Module):
         root, holder = unwrap(root)

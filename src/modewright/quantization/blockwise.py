@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from modewright.calibration.calls import Call
 from modewright.calibration.driver import Block, walk_blocks
 from modewright.calibration.forward import run_batch
 from modewright.calibration.text import fingerprint
+from modewright.calibration.unit_data import UnitData
 from modewright.errors import DataError
 from modewright.modes.config import ModeConfig
 from modewright.quantization.convert import quantized_layers, quantizers
@@ -132,17 +133,22 @@ def walking_precision(
         precision: What was asked for.
         trial: Runs the network to see whether bfloat16 works; by default on the first batch.
     """
-    quantizers = [
-        q for layer in quantized_layers(model).values() for q in (layer.weight_quantizer,)
-    ]
-    coarse = all(q is None or q.config.num_bits <= 4 for q in quantizers)
     if precision != "auto":
         return precision
-    if not coarse or not isinstance(calibration, Sequence) or not calibration:
+    unit = calibration if isinstance(calibration, UnitData) else None
+    layers = quantized_layers(model if unit is None else unit.network).values()
+    coarse = all(q is None or q.config.num_bits <= 4 for q in (y.weight_quantizer for y in layers))
+    if not coarse or not (unit or (isinstance(calibration, Sequence) and calibration)):
         return "float32"
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    trial = trial or (lambda: run_batch(model, calibration[0]))
-    return usable_precision(trial, device, precision)
+
+    def once() -> None:
+        if unit is not None:
+            unit.run_once(model)
+        else:
+            run_batch(model, cast(Sequence[object], calibration)[0])
+
+    return usable_precision(trial or once, device, precision)
 
 
 @dataclass(frozen=True)

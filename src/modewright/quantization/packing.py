@@ -74,7 +74,7 @@ def compress(model: nn.Module, config: CompressConfig) -> tuple[nn.Module, Metad
     packed: dict[str, LayerRecord] = {}
     once = _PackedOnce(config.scale_dtype)
     for path, layer in quantized_layers(model).items():
-        reason = _why_not(model, path, layer)
+        reason = why_not_packed(model, path, layer)
         if reason is None:
             names = list(layer.quantized_parameters())
             packed[path] = _pack_layer(layer, {n: once.weight(path, layer, n) for n in names})
@@ -289,8 +289,8 @@ def _described(layer: QuantizedLayer, name: str, spec: PackedSpec) -> PackedPara
     return PackedParameter(spec, shape, (axis, *(a for a in range(len(shape)) if a != axis)))
 
 
-def _why_not(model: nn.Module, path: str, layer: QuantizedLayer) -> str | None:
-    """Return why a layer stays as it is."""
+def why_not_packed(model: nn.Module, path: str, layer: QuantizedLayer) -> str | None:
+    """Return why ``compress`` would leave a layer as it is; ``None`` if it would pack it."""
     parent = model.get_submodule(path.rpartition(".")[0]) if path else None
     if layer_kind(layer) is MultiheadAttentionForward:
         return "torch hands its projections to one kernel as plain weights"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -82,10 +82,11 @@ class Recipe(_Part):
         default=TextData(), description="Text to measure quality on; never shared with calibration."
     )
     checks: Checks = Field(default=Checks(), description="What the result must satisfy.")
-    stream: bool = Field(
+    stream: bool | Literal["auto"] = Field(
         default=False,
         description="Go block by block from the model's files to the output, for a model larger "
-        "than memory; no quality is measured.",
+        "than memory; no quality is measured. 'auto' does so if the weights as float32 would take "
+        "more than half of the memory that is free.",
     )
 
     @field_validator("evaluation")

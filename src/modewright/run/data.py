@@ -11,6 +11,7 @@ import torch
 
 from modewright.calibration.self_text import generate_windows
 from modewright.calibration.text import Split, fingerprint, load_documents, make_windows
+from modewright.errors import DataError
 from modewright.recipes.schema import SELF, Recipe, TextData
 from modewright.run.subject import Subject
 
@@ -70,6 +71,19 @@ class CalibrationData:
             return run
         return self._source
 
+    def batches(self) -> Sequence[Any]:
+        """Return the batches.
+
+        Raises:
+            DataError: There are none: the source is a function that runs the model.
+        """
+        if not isinstance(self._source, Sequence):
+            raise DataError(
+                "calibration: a function runs the whole model, which streaming never holds. Pass "
+                "batches."
+            )
+        return self._source
+
     def _note_use(self) -> None:
         self.was_used = True
 
@@ -110,13 +124,27 @@ def load_data(
     has_tokenizer = subject.tokenizer is not None
     if evaluation is None and has_tokenizer:
         evaluation = _windows(subject, recipe.evaluation, "evaluation")
-    data: CalibrationData | None = None
-    if uses_calibration and calibration is not None:
-        data = CalibrationData(calibration)
-    elif uses_calibration and (has_tokenizer or set(recipe.calibration.windows_of) == {SELF}):
-        tokens = _windows(subject, recipe.calibration, "calibration")
-        data = CalibrationData([tokens[i : i + 1] for i in range(len(tokens))], fingerprint(tokens))
+    data = load_calibration(recipe, subject, calibration) if uses_calibration else None
     return RunData(data, evaluation)
+
+
+def load_calibration(
+    recipe: Recipe, subject: Subject, calibration: object = None
+) -> CalibrationData | None:
+    """Cut calibration windows from text, or take what the caller brings.
+
+    Returns:
+        The data; ``None`` if there is neither.
+
+    Raises:
+        DataError: The text cannot be read, or there is too little of it.
+    """
+    if calibration is not None:
+        return CalibrationData(calibration)
+    if subject.tokenizer is None and set(recipe.calibration.windows_of) != {SELF}:
+        return None
+    tokens = _windows(subject, recipe.calibration, "calibration")
+    return CalibrationData([tokens[i : i + 1] for i in range(len(tokens))], fingerprint(tokens))
 
 
 def _windows(subject: Subject, text: TextData, split: Split) -> torch.Tensor:

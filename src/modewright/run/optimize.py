@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,8 +20,10 @@ from modewright.run.planning import plan_recipe
 from modewright.run.progress import Progress, require_replaceable
 from modewright.run.result import Result
 from modewright.run.stages import OnProgress, Run
+from modewright.run.streaming.choice import is_streamed
 from modewright.run.streaming.run import plan_stream, stream_model
 
+Stream = bool | Literal["auto"] | None
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
 
@@ -32,7 +34,7 @@ def optimize(
     calibration: object = None,
     evaluation: torch.Tensor | None = None,
     output: str | Path | None = None,
-    stream: bool | None = None,
+    stream: Stream = None,
     registry: ModeRegistry | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
@@ -43,15 +45,15 @@ def optimize(
     With an ``output``, a run that was killed goes on where it stopped when it is called again.
 
     Args:
-        model: A local Hugging Face folder, a GGUF file or ``"demo:smollm2"``; or a module or
-            model-like, which is converted in place.
+        model: A Hugging Face folder, a GGUF file or ``"demo:smollm2"``; or a module or model-like,
+            which is converted in place.
         recipe: The name of a recipe, a YAML file, its content, or a :class:`modewright.Recipe`.
         calibration: Batches, or a function that runs the model; overrides the recipe's data.
         evaluation: Token windows ``[windows, length]`` int64 to measure with; overrides the
             recipe's data, and is needed to measure a model that comes without a tokenizer.
         output: The folder to write; it appears when everything is done.
-        stream: Go block by block from files to output, for a model larger than memory; nothing is
-            measured then, and the result's model has no weights.
+        stream: Go block by block from files to output; nothing is measured then, and the result's
+            model has no weights. ``"auto"`` does so if the weights would fill half the free memory.
         registry: Where modes are looked up; the default registry if left out.
         on_progress: Called with the name of a part, how much of it is done, and how much there is.
 
@@ -67,8 +69,8 @@ def optimize(
     """
     run = _prepared(recipe, registry, on_progress, stream)
     target = None if output is None else Path(output)
-    if run.recipe.stream:
-        return stream_model(run, model, target)
+    if is_streamed(run.recipe, model):
+        return stream_model(run, model, target, calibration, evaluation)
     require_replaceable(target)
     subject = run.load(model)
     plan_recipe(subject.model, run.recipe.steps, run.registry).require_ok()
@@ -91,7 +93,7 @@ def dry_run(
     model: object,
     recipe: RecipeLike,
     *,
-    stream: bool | None = None,
+    stream: Stream = None,
     registry: ModeRegistry | None = None,
     on_progress: OnProgress | None = None,
 ) -> Plan:
@@ -103,7 +105,7 @@ def dry_run(
         ConfigError: The recipe cannot be applied block by block.
     """
     run = _prepared(recipe, registry, on_progress, stream)
-    if run.recipe.stream:
+    if is_streamed(run.recipe, model):
         return plan_stream(run, model)
     subject = run.load(model)
     return plan_recipe(subject.model, run.recipe.steps, run.registry)
@@ -113,7 +115,7 @@ def _prepared(
     recipe: RecipeLike,
     registry: ModeRegistry | None,
     on_progress: OnProgress | None,
-    stream: bool | None,
+    stream: Stream,
 ) -> Run:
     """Read the recipe and check what it says of modes, before anything is loaded."""
     registry = default_registry if registry is None else registry

@@ -15,7 +15,10 @@ from modewright.modes.registry import ModeRegistry
 from modewright.modes.state import ModeState
 from modewright.quantization.config import MseConfig
 from modewright.quantization.convert import quantized_layers, quantizers
+from modewright.quantization.packing import why_not_packed
+from modewright.recipes.loader import load_recipe, recipe_names
 from modewright.recipes.schema import Recipe, RecipeStep
+from modewright.run.streaming.units import Units
 
 NeedsData = Callable[[ModeConfig, bool], bool]
 
@@ -106,6 +109,53 @@ class Steps:
         pairs = zip(self.modes, self._configs, strict=True)
         return [mode for mode, config in pairs if STREAMED[mode](config, static)]
 
+    def last_with_data(self, quantized: nn.Module) -> int:
+        """Return the number of the last step that looks at data; -1 if none does."""
+        static = has_static_activations(quantized)
+        pairs = enumerate(zip(self.modes, self._configs, strict=True))
+        return max((n for n, (mode, c) in pairs if STREAMED[mode](c, static)), default=-1)
+
+    def check_units(self, units: Units, quantized: nn.Module) -> None:
+        """Check that every unit can go through all steps.
+
+        Args:
+            units: The pieces of the model.
+            quantized: The whole model with quantizers, without weights.
+
+        Raises:
+            ConfigError: One has quantized layers, and none of them can be packed.
+        """
+        if "compress" not in self.modes:
+            return
+        reasons: dict[str, dict[str, str | None]] = {}
+        for path, layer in quantized_layers(quantized).items():
+            why = why_not_packed(quantized, path, layer)
+            reasons.setdefault(units.owner(path), {})[path] = why
+        for unit, found in reasons.items():
+            if all(found.values()):
+                listed = "".join(f"\n  {path}: {why}" for path, why in list(found.items())[:4])
+                raise ConfigError(
+                    f"Mode 'compress' would pack nothing of {unit}, and each unit of a model that "
+                    f"is streamed has to have something to pack:{listed}\nLeave these layers out "
+                    "with `ignore`, or optimize without streaming."
+                )
+
+    def require_early_scales(self, quantized: nn.Module) -> None:
+        """Check that what runs before the blocks has its scales when ranges are looked at.
+
+        Raises:
+            ConfigError: A step searches the scales of weights and looks at ranges of activations,
+                and layers before the blocks are quantized.
+        """
+        searching = [mode for mode in self.modes if mode in ("mse", "hqq")]
+        if searching and has_static_activations(quantized):
+            raise ConfigError(
+                f"mode {searching[0]!r} sets scales of weights and of static activations at once, "
+                "and layers before the blocks are quantized too: when streaming, their scales "
+                "would come too late. Leave them out (`ignore`), or take max_calibrate, "
+                "percentile or entropy."
+            )
+
     def for_shell(self) -> list[tuple[str, dict[str, Any]]]:
         """Return modes and configs for one unit, in which patterns may match nothing.
 
@@ -139,9 +189,11 @@ def _check(recipe: Recipe, index: int, step: RecipeStep) -> None:
     place = recipe.place("steps", index)
     if step.mode not in STREAMED:
         why = _WHY_NOT.get(step.mode, "it is not known to treat every block by itself")
+        instead = recipes_instead(recipe)
+        named = f", or take recipe {' or '.join(map(repr, instead))}" if instead else ""
         raise ConfigError(
-            f"{place}: mode {step.mode!r} cannot be applied block by block: {why}. Supported when "
-            f"streaming: {', '.join(STREAMED)}."
+            f"{place}: mode {step.mode!r} cannot be applied block by block: {why}. Leave it out"
+            f"{named}. Supported when streaming: {', '.join(STREAMED)}."
         )
     if index == 0 and step.mode != "quantize":
         raise ConfigError(
@@ -159,3 +211,22 @@ def _check(recipe: Recipe, index: int, step: RecipeStep) -> None:
             f"{place}: {', '.join(given)} of mode {step.mode!r} cannot be matched block by block. "
             "Leave them out when streaming."
         )
+
+
+def recipes_instead(recipe: Recipe) -> list[str]:
+    """Return the names of library recipes with the same scheme that can be streamed."""
+    scheme = _scheme(recipe)
+    others = (load_recipe(name) for name in recipe_names())
+    return [
+        other.name
+        for other in others
+        if _scheme(other) == scheme is not None
+        and all(step.mode in STREAMED for step in other.steps)
+        and other.steps[0].mode == "quantize"
+    ]
+
+
+def _scheme(recipe: Recipe) -> object:
+    """Return what the first ``quantize`` of a recipe names; ``None`` if there is none."""
+    found = (step.config.get("scheme") for step in recipe.steps if step.mode == "quantize")
+    return next(found, None)

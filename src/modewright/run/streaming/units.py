@@ -69,7 +69,7 @@ class Units:
             )
         self.stored = _stored(skeleton)
         for tensor in self.stored:
-            owners = sorted({self._owner(name) for name in tensor.names})
+            owners = sorted({self.owner(name) for name in tensor.names})
             if len(owners) > 1:
                 raise DataError(
                     f"{tensor.names[0]!r} is shared between {', '.join(owners)}, which streaming "
@@ -79,7 +79,7 @@ class Units:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all units, in the order in which they are converted."""
-        return (REST, *self.blocks)
+        return (*self.blocks, REST)
 
     def shell(self, unit: str) -> nn.Module:
         """Return a unit as modules under their own paths, without values."""
@@ -119,7 +119,8 @@ class Units:
             for place in places[name]:
                 _set(shell, place, made)
 
-    def _owner(self, name: str) -> str:
+    def owner(self, name: str) -> str:
+        """Return the unit that a tensor or module of this path belongs to."""
         return next((b for b in self.blocks if name.startswith(f"{b}.")), REST)
 
 

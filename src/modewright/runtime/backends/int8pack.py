@@ -3,19 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from modewright.runtime.backends.base import SOME_ROWS, Backend, Case, cpu_problem, fitting, short
+from modewright.runtime.backends.base import SOME_ROWS, Backend, Case, cpu_problem, fitting
+from modewright.runtime.backends.int8_weight import Int8Weight, no_int8_weight
 from modewright.runtime.packed_weight import PackedWeight
-
-
-class Int8Weight(NamedTuple):
-    """What the operator takes."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
 
 
 class Int8Pack(Backend):
@@ -29,8 +23,8 @@ class Int8Pack(Backend):
 
     def refuses(self, case: Case) -> str | None:  # noqa: D102
         spec = case.spec
-        if spec.format != "int8" or spec.granularity != "channel" or spec.scale_format != "fp32":
-            return f"it multiplies by int8 with a scale per channel, not {short(spec)}"
+        if problem := no_int8_weight(spec):
+            return problem
         if spec.shape[1] % 16 or 0 in spec.shape:  # the operator reads beyond the end otherwise
             return f"inputs are a multiple of 16; here {spec.shape[1]}"
         if case.act is not None:
@@ -40,8 +34,7 @@ class Int8Pack(Backend):
         return cpu_problem(case)
 
     def prepare(self, weight: PackedWeight) -> Int8Weight:  # noqa: D102
-        scale = weight.effective_scale().flatten().to(torch.bfloat16)
-        return Int8Weight(weight.codes().view(torch.int8).contiguous(), scale.contiguous())
+        return Int8Weight.of(weight, torch.bfloat16)
 
     def linear(  # noqa: D102
         self,
@@ -55,4 +48,4 @@ class Int8Pack(Backend):
         return fitting(torch.ops.aten._weight_int8pack_mm(rows, *prepared), x, bias)
 
     def extra_bytes(self, prepared: Any) -> int:  # noqa: D102
-        return int(prepared.codes.nbytes + prepared.scale.nbytes)
+        return int(prepared.nbytes)

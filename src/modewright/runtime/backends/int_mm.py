@@ -3,22 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from modewright.runtime.backends.activations import int8_codes
-from modewright.runtime.backends.base import Backend, Case, fitting, short
+from modewright.runtime.backends.base import Backend, Case, fitting
+from modewright.runtime.backends.int8_weight import Int8Weight, no_int8_weight
 from modewright.runtime.packed_weight import PackedWeight
 
 _FEWEST_ROWS = 17  # cuBLASLt refuses fewer
-
-
-class IntMmWeight(NamedTuple):
-    """What the product takes."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
 
 
 class IntMm(Backend):
@@ -34,8 +28,8 @@ class IntMm(Backend):
         spec = case.spec
         if case.device != "cuda":
             return f"it runs on a GPU, not on {case.device}"
-        if spec.format != "int8" or spec.granularity != "channel" or spec.scale_format != "fp32":
-            return f"it multiplies by int8 with a scale per channel, not {short(spec)}"
+        if problem := no_int8_weight(spec):
+            return problem
         if case.act not in ("int8_token", "int8_tensor"):
             return "it needs int8 activations"
         if spec.shape[0] % 8 or spec.shape[1] % 8 or 0 in spec.shape:
@@ -44,14 +38,13 @@ class IntMm(Backend):
             return f"it needs {_FEWEST_ROWS} rows"
         return None
 
-    def prepare(self, weight: PackedWeight) -> IntMmWeight:  # noqa: D102
-        codes = weight.codes().view(torch.int8)
-        return IntMmWeight(codes.contiguous(), weight.effective_scale().flatten().contiguous())
+    def prepare(self, weight: PackedWeight) -> Int8Weight:  # noqa: D102
+        return Int8Weight.of(weight)
 
     def linear(  # noqa: D102
         self,
         x: torch.Tensor,
-        prepared: IntMmWeight,
+        prepared: Int8Weight,
         bias: torch.Tensor | None,
         act: str | None,
         act_scale: torch.Tensor | None,
@@ -64,4 +57,4 @@ class IntMm(Backend):
         return fitting(product.float() * scale * prepared.scale, x, bias)
 
     def extra_bytes(self, prepared: Any) -> int:  # noqa: D102
-        return int(prepared.codes.nbytes + prepared.scale.nbytes)
+        return int(prepared.nbytes)

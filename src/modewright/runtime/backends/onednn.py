@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from modewright.runtime.backends.activations import int8_codes
-from modewright.runtime.backends.base import Backend, Case, cpu_problem, fitting, short
+from modewright.runtime.backends.base import Backend, Case, cpu_problem, fitting
+from modewright.runtime.backends.int8_weight import no_int8_weight
 from modewright.runtime.packed_weight import PackedWeight
 
 _ZERO = 128
@@ -38,8 +39,8 @@ class OneDnnInt8(Backend):
 
     def refuses(self, case: Case) -> str | None:  # noqa: D102
         spec = case.spec
-        if spec.format != "int8" or spec.granularity != "channel" or spec.scale_format != "fp32":
-            return f"it multiplies by int8 with a scale per channel, not {short(spec)}"
+        if problem := no_int8_weight(spec):
+            return problem
         if case.act not in ("int8_token", "int8_tensor"):
             return "it needs int8 activations"
         if 0 in spec.shape:

@@ -67,21 +67,46 @@ struct RowScales {  // of up to four outputs
   int64_t full_blocks;  // those without bytes beyond the row
 };
 
-// What zero points other than the implied one take off an output.
-inline float shift_of(const Job& job, int64_t row, const float* scales, const float* shifts) {
+// Takes off the lanes of a row's totals what zero points other than the implied one add to outputs.
+template <int OUTS>
+inline void take_shifts(const Job& job, int64_t row, const RowScales& rs, __m512 totals[OUTS]) {
   const int64_t entries = job.plan.entries;
   const int32_t* sums = job.sums + row * entries;
   const float* own = job.scales + row * entries;
-  __m512 total = _mm512_setzero_ps();
   for (int64_t e = 0; e < entries; e += kLanes) {
     const __mmask16 mask = first_lanes(entries - e);
     const __m512 sum = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, sums + e));
     const __m512 x = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(mask, own + e));
-    const __m512 weight = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scales + e),
-                                        _mm512_maskz_loadu_ps(mask, shifts + e));
-    total = _mm512_fmadd_ps(x, weight, total);
+    each<OUTS>(EACH(o) {
+      const __m512 weight = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, rs.scales[o] + e),
+                                          _mm512_maskz_loadu_ps(mask, rs.shifts[o] + e));
+      totals[o] = _mm512_fnmadd_ps(x, weight, totals[o]);
+    });
   }
-  return _mm512_reduce_add_ps(total);
+}
+
+// Adds up the lanes of totals, and writes the sums side by side.
+inline void store_sums(const __m512 (&totals)[1], float* to) {
+  to[0] = _mm512_reduce_add_ps(totals[0]);
+}
+
+inline __m256 halved(__m512 value) {
+  const __m256 high = _mm512_extractf32x8_ps(value, 1);
+  return _mm256_add_ps(_mm512_castps512_ps256(value), high);
+}
+
+inline void store_sums(const __m512 (&totals)[2], float* to) {
+  const __m256 both = _mm256_hadd_ps(halved(totals[0]), halved(totals[1]));
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  four = _mm_hadd_ps(four, four);
+  _mm_storel_pi(reinterpret_cast<__m64*>(to), four);
+}
+
+inline void store_sums(const __m512 (&totals)[4], float* to) {
+  const __m256 low = _mm256_hadd_ps(halved(totals[0]), halved(totals[1]));
+  const __m256 high = _mm256_hadd_ps(halved(totals[2]), halved(totals[3]));
+  const __m256 all = _mm256_hadd_ps(low, high);
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 
 template <Kind KIND, bool TABLE, int ROWS, int OUTS>
@@ -106,12 +131,12 @@ void dot_rows(const Job& job, const Unpacker& u, int64_t n, int64_t row, const R
   const int64_t full = rs.full_blocks;
   for (int64_t b = 0; b < full; ++b) dot.template block<false>(b);
   for (int64_t b = full; b < p.blocks; ++b) dot.template block<true>(b);
-  for (int o = 0; o < OUTS; ++o)
-    for (int r = 0; r < ROWS; ++r) {
-      float result = _mm512_reduce_add_ps(dot.total[o][r]);
-      if (w.zero_point) result -= shift_of(job, row + r, rs.scales[o], rs.shifts[o]);
-      job.out[(row + r) * w.n + n + o] = result;
-    }
+  each<ROWS>(EACH(r) {
+    __m512 totals[OUTS];
+    each<OUTS>(EACH(o) { totals[o] = dot.total[o][r]; });
+    if (w.zero_point) take_shifts<OUTS>(job, row + r, rs, totals);
+    store_sums(totals, job.out + (row + r) * w.n + n);
+  });
 }
 
 template <Kind KIND, bool TABLE, int OUTS>
