@@ -287,7 +287,7 @@ class _Timed:
 def _packed_size(model: nn.Module) -> int | None:
     """Return the size with quantized weights packed, if the log says that some are."""
     for record in reversed((state_of(model) or ModeState()).records):
-        if record.name == "quantize":
+        if record.name in ("quantize", "auto_quantize"):
             return packed_bytes(model, record.metadata["layers"])
     return None
 
