@@ -19,6 +19,7 @@ from modewright.calibration.blocks import find_blocks
 from modewright.calibration.forward import evaluating, run_batch
 from modewright.calibration.outputs import main_output
 from modewright.mixed_precision.gradient import OnStep, Scores
+from modewright.mixed_precision.observing import called_parts
 from modewright.mixed_precision.trials import Trial, standing_in
 
 
@@ -42,7 +43,7 @@ def divergence_scores(
         on_step: Called after each group with how many are done, and how many there are.
     """
     scores: Scores = [{} for _ in groups]
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), called_parts():
         replay = _Replay(model)
         original = [main_output(run_batch(model, batch), "auto_quantize") for batch in batches]
         kl = loss == "kl" or (loss == "auto" and all(are_logits for _, are_logits in original))

@@ -21,7 +21,7 @@ from torch import nn
 
 from modewright.calibration.forward import evaluating, run_batch
 from modewright.calibration.outputs import main_output
-from modewright.mixed_precision.observing import running_precision
+from modewright.mixed_precision.observing import called_parts, running_precision
 from modewright.mixed_precision.trials import Trial
 from modewright.quantization.passes.learned_rounding import frozen
 from modewright.quantization.precision import automatic_precision
@@ -60,8 +60,8 @@ def gradient_scores(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     precision = running_precision(model, batches)
     positions = 0
-    with evaluating(model), frozen(model), ExitStack() as hooks:
-        for path in trials:
+    with evaluating(model), frozen(model), called_parts(), ExitStack() as hooks:
+        for path in (path for paths in groups for path in paths):
             layer = model.get_submodule(path)
             hook = layer.register_forward_hook(work.hook(path), with_kwargs=True)
             hooks.callback(hook.remove)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,7 @@ def observe(model: nn.Module, layers: Sequence[str], calibration: object) -> Obs
 
         return hook
 
-    with ExitStack() as hooks:
+    with called_parts(), ExitStack() as hooks:
         for path in layers:
             layer = model.get_submodule(path)
             look = watch(path, insert_quantizers(twin(layer), SchemeConfig()))
@@ -75,6 +75,17 @@ def observe(model: nn.Module, layers: Sequence[str], calibration: object) -> Obs
     observed.shared = [paths for paths in inputs.values() if len(paths) > 1]
     observed.importance = {n: s / s.mean() for n, s in observed.importance.items() if s.any()}
     return observed
+
+
+@contextmanager
+def called_parts() -> Iterator[None]:
+    """Have torch's transformer layers call their parts instead of one kernel that reads weights."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def running_precision(model: nn.Module, calibration: object) -> Any:
