@@ -155,12 +155,11 @@ def test_table_of_another_model_is_taken_from_its_checkpoint(
     result = search(other, {"effective_bits": 4.0}, config={"table": path})
 
     assert result.costs["effective_bits"] <= 4.0
+    mode = (MODE, {"candidates": ["w3a16"]})
     with pytest.raises(ConfigError, match="lacks some of the candidates"):
-        mode = (MODE, {"candidates": ["w3a16"]})
         search(small_lm(), {"effective_bits": 4.0}, mode, config={"table": path})
-    modewright.save(small_lm(), tmp_path / "plain.safetensors")
+    table = modewright.save(small_lm(), tmp_path / "plain.safetensors")
     with pytest.raises(ConfigError, match="holds no table"):
-        table = tmp_path / "plain.safetensors"
         search(small_lm(), {"effective_bits": 4.0}, config={"table": table})
 
 
