@@ -172,7 +172,7 @@ class AutoQuantizeSearcher(BaseSearcher):
         low = sum(min(row) for row in table)
         high = sum(max(row) for row in table)
         for step in range(_SWEEP + 1):
-            budget = low + (high - low) * (step / _SWEEP) ** 2
+            budget = low + (high - low) * step / _SWEEP
             try:
                 chosen = solve(scores, costs.tables, {name: budget})
             except SearchError:  # rounding at the lower end
