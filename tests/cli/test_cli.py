@@ -14,15 +14,8 @@ from torch import nn
 
 import modewright
 from modewright.cli import VERBS, main
+from support.command_line import run
 from support.language_models import save_tiny_llama, tiny_recipe, write_text
-
-
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    shown = capsys.readouterr()
-    code = ended.value.code
-    return (code if isinstance(code, int) else -1), shown.out, shown.err
 
 
 @pytest.fixture
@@ -256,6 +249,24 @@ def test_the_options_of_every_verb_are_these() -> None:
 
     assert options == {
         "optimize": ["as_json", "dry_run", "model", "output", "recipe", "stream"],
+        "search": [
+            "as_json",
+            "calibration",
+            "checkpoint",
+            "config",
+            "constraints",
+            "dry_run",
+            "input_length",
+            "length",
+            "max_seconds",
+            "max_trials",
+            "mode",
+            "model",
+            "options",
+            "output",
+            "then",
+            "windows",
+        ],
         "backends": ["as_json", "device", "dtype", "measure", "threads"],
         "bench": [
             "against",

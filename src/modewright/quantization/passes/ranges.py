@@ -101,11 +101,7 @@ def mse(model: nn.Module, config: MseConfig, **data: Any) -> tuple[nn.Module, Me
         importance = _importance(model, data["calibration"], config.max_row_norm)
 
     def weight_scale(path: str, layer: QuantizedLayer, parameter: str) -> None:
-        weights = None
-        if path in importance and parameter == "weight":
-            matrix = layer.weight_matrix(layer.to_quantize(parameter).detach())
-            weights = layer.from_matrix(importance[path].expand_as(matrix))
-        _set_searched(layer, parameter, mse_scale, importance=weights)
+        search_scale(layer, parameter, importance.get(path) if parameter == "weight" else None)
 
     choice = _Choice(HistogramObserver, range_of, weight_scale)
     return _calibrate(model, config, choice, **data)
@@ -119,6 +115,24 @@ def hqq(model: nn.Module, config: HqqConfig, **data: Any) -> tuple[nn.Module, Me
 
     choice = _Choice(RangeObserver, lambda seen, fmt: seen.range, weight_scale)
     return _calibrate(model, config, choice, **data)
+
+
+def search_scale(
+    layer: QuantizedLayer, parameter: str, importance: torch.Tensor | None = None
+) -> None:
+    """Set the scales of one parameter to those with the least squared error.
+
+    Args:
+        layer: The layer.
+        parameter: The parameter's name.
+        importance: How much the error of a weight counts by the input that it multiplies, ``[in]``;
+            only for a layer that multiplies rows by its weight.
+    """
+    weights = None
+    if importance is not None:
+        matrix = layer.weight_matrix(layer.to_quantize(parameter).detach())
+        weights = layer.from_matrix(importance.expand_as(matrix))
+    _set_searched(layer, parameter, mse_scale, importance=weights)
 
 
 def _set_searched(
