@@ -156,9 +156,10 @@ def inputs(
         The first argument; ``None`` for a call that does not reach the layer.
     """
     calls = block.original_calls if original else block.calls
-    with block.as_original() if original else nullcontext():
-        for call in calls[::every]:
-            yield _input(block, call, layer)
+    for call in calls[::every]:
+        with block.as_original() if original else nullcontext():  # not while others run the block
+            found = _input(block, call, layer)
+        yield found
 
 
 def _input(block: Block, call: Call, layer: nn.Module) -> torch.Tensor | None:

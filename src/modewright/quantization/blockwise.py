@@ -161,4 +161,5 @@ def input_rows(
     prepare = layer.quantized_input if quantized else layer.transformed_input
     for found in blockwise.inputs(block, layer, original=original, every=every):
         with torch.no_grad():
-            yield None if found is None else layer.input_rows(prepare(found))
+            rows = None if found is None else layer.input_rows(prepare(found))
+        yield rows
