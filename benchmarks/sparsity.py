@@ -3,13 +3,12 @@
 
     python benchmarks/workspace.py WORKSPACE
     python benchmarks/sparsity.py WORKSPACE --results FOLDER [--only PATTERN] [--table]
-    python benchmarks/peers/run.py WORKSPACE --environments FOLDER --results FOLDER --only TOOL
 
 Half of the weights zero anywhere (``s50``), two of four (``2to4``), and two of four with the others
 in four bits (``2to4_w4a16_g64_asym``). Every row runs in a process of its own, on one thread; a row
-whose result is in the folder is not run again, and ``--table`` runs nothing. A peer's rows are
-those of its script; the table shows all that are in the folder, and for every row its loss increase
-as a part of the best peer's.
+whose result is in the folder is not run again, and ``--table`` runs nothing. Results of other tools
+in the folder (of the form that ``benchmarks/peers/measure.py`` writes) are shown too, and for every
+row its loss increase as a part of the best of theirs.
 """
 
 from __future__ import annotations
