@@ -65,7 +65,7 @@ def optimize(task: Any, model: Any) -> Any:
         written = generate_windows(model, count=len(batches), length=length, seed=0)
         batches = [{"input_ids": row} for row in written.split(1)]
     for step in recipe.steps:
-        if step.mode == "export_quantize":
+        if step.mode in ("export_quantize", "export_sparse", "compress"):
             continue
         config = dict(step.config)
         if task.minilm and config.get("ignore") == ["lm_head"]:

@@ -27,22 +27,26 @@ from safetensors import safe_open
 
 KL_WINDOWS = 5
 BATCH = 32
+OTHERS = ("fp8", "nvfp4", "mxfp4", "s50", "2to4")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which numbers a run uses: ``w4a16_g64``, ``w3a16_g64_asym``, ``w8a8``, ``fp8``, ``nvfp4``."""
+    """Which numbers a run uses: ``w4a16_g64``, ``w3a16_g64_asym``, ``w8a8``, ``fp8``, ``nvfp4``.
+
+    Zeros come first: ``s50`` (half of the weights, anywhere), ``2to4``, ``2to4_w4a16_g64``.
+    """
 
     name: str
 
     @property
     def integer(self) -> re.Match[str] | None:
         """Return the parts of the name of an integer scheme."""
-        return re.fullmatch(r"w(\d+)a(\d+)(?:_g(\d+))?(_asym)?", self.name)
+        return re.fullmatch(r"(?:2to4_|s50_)?w(\d+)a(\d+)(?:_g(\d+))?(_asym)?", self.name)
 
     def __post_init__(self) -> None:
         """Refuse a name that says nothing."""
-        if self.integer is None and self.name not in ("fp8", "nvfp4", "mxfp4"):
+        if self.integer is None and self.name not in OTHERS:
             raise ValueError(f"unknown scheme {self.name!r}")
 
     def part(self, index: int) -> str | None:

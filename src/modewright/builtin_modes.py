@@ -12,11 +12,32 @@ from modewright.modes.registry import ModeRegistry, ModeRow
 ENTRY_POINT_GROUP = "modewright.modes"
 
 _QUANTIZATION = "modewright.quantization.modes"
+_SPARSITY = "modewright.sparsity.modes"
 
 BUILTIN_MODES: dict[str, ModeRow] = {
     "rotate": ModeRow(
         f"{_QUANTIZATION}:RotateMode",
         "Rotate the residual stream of a transformer, so that no channel stands out.",
+    ),
+    "sparse_magnitude": ModeRow(
+        f"{_SPARSITY}:SparseMagnitudeMode",
+        "Make the smallest weights zero, in a pattern; no data is needed.",
+    ),
+    "wanda": ModeRow(
+        f"{_SPARSITY}:WandaMode",
+        "Make the weights zero that matter least for the inputs that they see.",
+    ),
+    "sparsegpt": ModeRow(
+        f"{_SPARSITY}:SparsegptMode",
+        "Make weights zero one column after another; later ones make up for what is lost.",
+    ),
+    "alps": ModeRow(
+        f"{_SPARSITY}:AlpsMode",
+        "Choose which weights are zero and what the others are together (ADMM).",
+    ),
+    "export_sparse": ModeRow(
+        f"{_SPARSITY}:ExportSparseMode",
+        "Fold masks into plain layers, whose zeros are then ordinary numbers.",
     ),
     "quantize": ModeRow(
         f"{_QUANTIZATION}:QuantizeMode",

@@ -23,7 +23,7 @@ from modewright.modes.config import ModeConfig
 from modewright.modes.contract import check_mode
 from modewright.modes.registry import ModeRegistry
 from support.example_modes import example_registry, make_mode
-from support.models import CNN, FAMILIES, LM, MLP, STREAM, Family
+from support.models import CNN, FAMILIES, LM, MLP, MOE, STREAM, Family
 
 CALIBRATION = "the family's batches"
 SEARCHED = ("w4a16_asym", "w8a8_static", "nvfp4", "mxfp4")
@@ -55,11 +55,45 @@ UNSIGNED = {
         {"targets": ["Linear"], "output_activations": {"enable": True}},
     ]
 }
+SPARSE = {
+    "2:4": {"min_tokens": 1},
+    "tiles": {"pattern": "2x2", "sparsity": 0.25, "min_tokens": 1},
+    "allotted, few tokens": {"pattern": "unstructured", "allocation": "error"},
+}
+SPARSE_CHAIN = ["sparse_magnitude", quantized("w4a16"), "max_calibrate", "export_quantize"]
+SPARSE_FAMILIES = tuple(f for f in FAMILIES if f.name not in ("recurrent", "experts"))
 REACH: dict[str, Reach] = {
     "rotate": Reach(
         configs={"defaults": None, "random": {"rotation": "orthogonal", "seed": 3}},
         calibrated=True,
         families=(STREAM,),
+    ),
+    "sparse_magnitude": Reach(
+        configs={
+            "2:4": {"pattern": "2:4"},
+            "unstructured, allotted": {"pattern": "unstructured", "allocation": "error"},
+            "tiles": {"pattern": "2x2", "sparsity": 0.25},
+            "everything": {"pattern": "1:2", "targets": ["*"], "on_unmatched": "report"},
+        },
+        families=(*SPARSE_FAMILIES, MOE),
+    ),
+    "wanda": Reach(configs=SPARSE, calibrated=True, families=SPARSE_FAMILIES),
+    "sparsegpt": Reach(
+        configs={**SPARSE, "corrected": {"correct_inputs": True, "min_tokens": 1}},
+        calibrated=True,
+        families=SPARSE_FAMILIES,
+    ),
+    "alps": Reach(
+        configs={
+            "2:4": {"min_tokens": 1, "iterations": 10},
+            "trained": {"pattern": "unstructured", "min_tokens": 1, "epochs": 1},
+        },
+        calibrated=True,
+        families=SPARSE_FAMILIES,
+    ),
+    "export_sparse": Reach(
+        before={"magnitude": ["sparse_magnitude"], "quantized between": [*SPARSE_CHAIN]},
+        families=(*SPARSE_FAMILIES, MOE),
     ),
     "quantize": Reach(
         configs={

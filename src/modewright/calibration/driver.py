@@ -76,10 +76,14 @@ class Block:
             raise DataError(f"The block {self.name!r} puts out no tensor.")
         return output
 
+    def as_original(self) -> AbstractContextManager[None]:
+        """Return a context in which the block computes what it did before all conversions."""
+        return self._as_original(self.module)
+
     def original_outputs(self) -> Sequence[torch.Tensor]:
         """Return what the original block puts out on the original inputs; computed once."""
         if self._outputs is None:
-            with torch.no_grad(), self._as_original(self.module):
+            with torch.no_grad(), self.as_original():
                 self._outputs = [self.run(call) for call in self.original_calls]
         return self._outputs
 

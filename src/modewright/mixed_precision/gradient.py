@@ -20,11 +20,10 @@ import torch
 from torch import nn
 
 from modewright.calibration.forward import evaluating, run_batch
-from modewright.calibration.outputs import main_output
+from modewright.calibration.outputs import frozen, main_output
+from modewright.calibration.precision import automatic_precision
 from modewright.mixed_precision.observing import called_parts, running_precision
 from modewright.mixed_precision.trials import Trial
-from modewright.quantization.passes.learned_rounding import frozen
-from modewright.quantization.precision import automatic_precision
 from modewright.runtime.arguments import on_first
 
 Scores = list[dict[str, float]]

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from modewright.calibration.forward import run_calibration
+from modewright.calibration.moments import row_weights
+from modewright.calibration.precision import automatic_precision, usable_precision
 from modewright.mixed_precision.trials import twin
 from modewright.quantization.layers import QuantizedLayer, insert_quantizers
-from modewright.quantization.passes.records import row_weights
-from modewright.quantization.precision import automatic_precision, usable_precision
 from modewright.quantization.representation import SchemeConfig
 
 

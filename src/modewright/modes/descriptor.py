@@ -22,7 +22,7 @@ ever reads ``descriptor.name``, ``descriptor.convert(...)`` and so on, so both a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from modewright.errors import IncompatibleModeError, SearchError, UnknownModeError
@@ -142,6 +142,11 @@ class ModeDescriptor(ABC, Generic[C]):
         return frozenset()
 
     @property
+    def reasons(self) -> Mapping[str, str]:
+        """Why traits are forbidden, by trait: what an error adds to saying that they are."""
+        return {}
+
+    @property
     def search_algorithm(self) -> type[BaseSearcher]:
         """The searcher that picks a subnet of what this mode opens.
 
@@ -175,6 +180,11 @@ class ModeDescriptor(ABC, Generic[C]):
     @property
     def uses_calibration(self) -> bool:
         """Whether ``convert`` takes ``calibration`` (batches) and ``on_batch`` (for progress)."""
+        return False
+
+    @property
+    def resumes(self) -> bool:
+        """Whether ``convert`` takes ``checkpoint``, a folder from which it goes on if killed."""
         return False
 
     def update_for_new_mode(self, model: nn.Module, config: C, metadata: Metadata) -> None:

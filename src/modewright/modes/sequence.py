@@ -130,7 +130,7 @@ class Position:
             helpers = [m for m in helpers if not frozenset(m.provides) & frozenset(mode.forbids)]
             raise IncompatibleModeError(
                 f"Mode {mode.name!r} cannot be applied to a model that is {_and(present)}, as this "
-                f"one is since {self._since(present)!r}."
+                f"one is since {self._since(present)!r}.{_reasons(mode, present)}"
                 f"{_list(helpers, ' Apply one of these first: ', '.')}"
             )
 
@@ -198,6 +198,11 @@ def _modes_that(
     if registry is None:
         return []
     return [m for m in registry.loaded() if traits <= frozenset(getattr(m, member))]
+
+
+def _reasons(mode: AnyMode, traits: frozenset[str]) -> str:
+    found = [mode.reasons[trait] for trait in sorted(traits) if trait in mode.reasons]
+    return f" The reason: {'; '.join(found)}." if found else ""
 
 
 def _and(traits: frozenset[str]) -> str:

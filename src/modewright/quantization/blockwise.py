@@ -10,32 +10,36 @@ what the ones before it became.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from modewright._version import __version__
-from modewright.calibration.block_progress import BlockProgress
-from modewright.calibration.calls import Call
-from modewright.calibration.driver import Block, walk_blocks
+from modewright.calibration import blockwise
+from modewright.calibration.blockwise import OnBlock
+from modewright.calibration.driver import Block
 from modewright.calibration.forward import run_batch
-from modewright.calibration.text import fingerprint
+from modewright.calibration.precision import Precision, usable_precision
 from modewright.calibration.unit_data import UnitData
-from modewright.errors import DataError
 from modewright.modes.config import ModeConfig
 from modewright.quantization.convert import quantized_layers, quantizers
 from modewright.quantization.layers import QuantizedLayer
-from modewright.quantization.precision import Precision, automatic_precision, usable_precision
 from modewright.quantization.quantizer import disabled, quantizers_of
 
+__all__ = [
+    "LayerGroup",
+    "OnBlock",
+    "as_original",
+    "input_rows",
+    "layer_groups",
+    "walk",
+    "walking_precision",
+]
+
 Metadata = dict[str, Any]
-OnBlock = Callable[[int, "int | None"], None]
-_SAMPLES = 64  # values of a tensor by which it is recognised
 
 
 @contextmanager
@@ -77,43 +81,19 @@ def walk(
     Raises:
         DataError: There is no data.
     """
-    if calibration is None:
-        raise DataError(
-            f"mode {mode!r} needs data that the model is run on: pass "
-            "mode_kwargs={'calibration': batches}."
-        )
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    chosen = walking_precision(model, calibration, precision)
-    return walk_blocks(
+    schemes = [f"{name} {q.config!r}" for name, q in quantizers(model).items()]
+    return blockwise.walk(
         model,
         calibration,
         solve,
+        mode=mode,
         as_original=as_original,
+        settings=[config, schemes],
+        precision=walking_precision(model, calibration, precision),
         keep_original=keep_original,
-        running=lambda: automatic_precision(device, chosen),
-        on_block=on_batch,
-        progress=_progress(checkpoint, model, calibration, [mode, chosen, config]),
+        on_batch=on_batch,
+        checkpoint=checkpoint,
     )
-
-
-def _progress(
-    folder: str | Path | None, model: nn.Module, calibration: object, settings: list[object]
-) -> BlockProgress | None:
-    """Return the finished blocks of this very walk; ``None`` if it cannot be recognised."""
-    if folder is None or not isinstance(calibration, Sequence):
-        return None
-    try:
-        digest = sha256(fingerprint(calibration).encode())
-    except DataError:  # batches of other things than tensors
-        return None
-    digest.update(repr([__version__, torch.__version__, *settings]).encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        step = max(1, tensor.numel() // _SAMPLES)
-        values = None if tensor.is_meta else tensor.detach().reshape(-1)[::step]
-        digest.update(f"{name} {tuple(tensor.shape)} {fingerprint([values])};".encode())
-    for name, quantizer in quantizers(model).items():
-        digest.update(f"{name} {quantizer.config!r};".encode())
-    return BlockProgress(Path(folder), digest.hexdigest())
 
 
 def walking_precision(
@@ -163,41 +143,14 @@ class LayerGroup:
         return next(iter(self.layers.values()))
 
 
-class _Reached(BaseException):
-    """Ends a forward pass once the wanted inputs were seen; never leaves this file."""
-
-
 def layer_groups(block: Block) -> list[LayerGroup]:
     """Return the layers with quantized weights by shared input, in the order in which they run."""
-    layers = quantized_layers(block.module)
-    order: dict[str, int] = {}
-    kept: list[torch.Tensor] = []  # alive, so that no two of them have one address
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], torch.Tensor) and name not in order:
-                kept.append(args[0])
-                order[name] = id(args[0])
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            for call in block.calls:
-                block.run(call)
-                if len(order) == len(layers):
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
-    groups: dict[int, dict[str, QuantizedLayer]] = {}
-    for name, key in order.items():
-        layer = layers[name]
-        if layer.weight_quantizer is None or not layer.has_rows:
-            continue
-        groups.setdefault(key, {})[name] = layer
-    return [LayerGroup(members) for members in groups.values()]
+    layers = {
+        name: layer
+        for name, layer in quantized_layers(block.module).items()
+        if layer.weight_quantizer is not None and layer.has_rows
+    }
+    return [LayerGroup(members) for members in blockwise.by_input(block, layers)]
 
 
 def input_rows(
@@ -223,30 +176,8 @@ def input_rows(
         not one matrix that multiplies rows.
     """
     layer = group.first
-    calls = block.original_calls if original else block.calls
-    context = as_original(block.module) if original else nullcontext()
-    with context:
-        for call in calls[::every]:
-            yield _rows(block, call, layer, quantized)
-
-
-def _rows(block: Block, call: Call, layer: QuantizedLayer, quantized: bool) -> torch.Tensor | None:
-    found: list[torch.Tensor] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
-        raise _Reached
-
-    handle = layer.register_forward_pre_hook(hook)
-    try:
+    prepare = layer.quantized_input if quantized else layer.transformed_input
+    for found in blockwise.inputs(block, layer, original=original, every=every):
         with torch.no_grad():
-            block.run(call)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    if not found:
-        return None
-    with torch.no_grad():
-        prepare = layer.quantized_input if quantized else layer.transformed_input
-        return layer.input_rows(prepare(found[0]))
+            rows = None if found is None else layer.input_rows(prepare(found))
+        yield rows

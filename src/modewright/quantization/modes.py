@@ -41,13 +41,17 @@ if TYPE_CHECKING:
     from modewright.calibration.forward import OnBatch
 
 
+ROTATES = "a rotation mixes weights, so that those that are zero no longer are"
+
+
 class RotateMode(ModeDescriptor[RotateConfig]):
     """Rotate the residual stream of a transformer, so that no channel stands out."""
 
     name = "rotate"
     technique = "quantization"
     config_class = RotateConfig
-    forbids = frozenset({Trait.FAKE_QUANTIZED, Trait.PACKED})
+    forbids = frozenset({Trait.FAKE_QUANTIZED, Trait.PACKED, Trait.SPARSE})
+    reasons: ClassVar[dict[str, str]] = {Trait.SPARSE: ROTATES}
     uses_calibration = True
     writes_in_place = False
 
@@ -139,7 +143,6 @@ class CalibratingMode(ModeDescriptor[C]):
     uses_calibration = True
     writes_in_place = False
     home: ClassVar[str]
-    resumes: ClassVar[bool] = False
 
     def convert(
         self,
@@ -238,6 +241,8 @@ class HadamardMode(CalibratingMode[HadamardConfig]):
     name = "hadamard"
     config_class = HadamardConfig
     home = "hadamard:convert"
+    forbids = frozenset({Trait.SPARSE})
+    reasons: ClassVar[dict[str, str]] = {Trait.SPARSE: ROTATES}
     uses_calibration = False
 
 
@@ -247,6 +252,10 @@ class SvdquantMode(CalibratingMode[SvdquantConfig]):
     name = "svdquant"
     config_class = SvdquantConfig
     home = "svdquant:convert"
+    forbids = frozenset({Trait.SPARSE})
+    reasons: ClassVar[dict[str, str]] = {
+        Trait.SPARSE: "what a branch of low rank leaves of a sparse weight is dense"
+    }
 
 
 class BiasCorrectionMode(CalibratingMode[BiasCorrectionConfig]):
@@ -330,7 +339,7 @@ class CompressMode(ModeDescriptor[CompressConfig]):
     closes = frozenset({"quantize", "auto_quantize"})
     export_mode = "decompress"
     requires = frozenset({Trait.FAKE_QUANTIZED})
-    removes = frozenset({Trait.FAKE_QUANTIZED, Trait.CALIBRATED})
+    removes = frozenset({Trait.FAKE_QUANTIZED, Trait.CALIBRATED, Trait.SPARSE})
     provides = frozenset({Trait.PACKED})
     writes_in_place = False
 

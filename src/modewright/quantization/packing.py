@@ -3,7 +3,8 @@
 
 Codes and scales are taken over as the quantizers have them: chosen codes as they were chosen,
 others the nearest ones, and max scales where there are none. What a layer had for its inputs (a
-scale, a rotation, a branch of low rank, a quantizer) goes with it.
+scale, a rotation, a branch of low rank, a quantizer) goes with it. What a mask holds at zero has
+the code of zero: masks are folded.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from torch import nn
 from modewright.errors import CheckpointError, ConfigError, DataError
 from modewright.formats.affine import quantize
 from modewright.formats.catalogue import encode
+from modewright.layers.experts import is_transposed
+from modewright.layers.masks import masked_layers, remove_masks
 from modewright.quantization.config import CompressConfig
 from modewright.quantization.convert import layer_named, quantized_layers
 from modewright.quantization.layers import QuantizedLayer, layer_kind, remove_quantizers
 from modewright.quantization.layers.attention import MultiheadAttentionForward
 from modewright.quantization.layers.base import PATCHED, OwnForward
 from modewright.quantization.layers.convolution import ConvForward, ConvTransposeForward
-from modewright.quantization.layers.experts import ExpertsForward, is_transposed
+from modewright.quantization.layers.experts import ExpertsForward
 from modewright.quantization.layers.linear import (
     EmbeddingBagForward,
     EmbeddingForward,
@@ -83,6 +86,7 @@ def compress(model: nn.Module, config: CompressConfig) -> tuple[nn.Module, Metad
     if not packed:
         reasons = "".join(f"\n  {path or 'the model'}: {why}" for path, why in skipped.items())
         raise ConfigError(f"mode 'compress' would pack nothing:{reasons}")
+    _fold_masks(model)
     metadata = {
         "layers": {path: record.as_dict() for path, record in packed.items()},
         "shared": once.shared,
@@ -106,7 +110,7 @@ class _PackedOnce:
     def weight(self, path: str, layer: QuantizedLayer, name: str) -> PackedWeight:
         """Return one parameter, packed."""
         quantizer = layer.quantized_parameters()[name]
-        own = layer.own_parameter(name)
+        own = layer.held_parameter(name)
         alone = name == "weight" and layer.low_rank_up is not None  # less its own branch
         holders = [] if alone else self._holders.setdefault(id(own), [])
         for other_path, other_name, other, weight in holders:
@@ -150,7 +154,15 @@ def restore_compress(model: nn.Module, metadata: Metadata) -> nn.Module:
             raise CheckpointError(
                 f"The record of the packed layer {path!r} does not fit this model: {error}"
             ) from error
+    _fold_masks(model)
     return model
+
+
+def _fold_masks(model: nn.Module) -> None:
+    """Fold the masks of layers that have no quantizers; those of packed ones are in the codes."""
+    for layer in list(masked_layers(model).values()):
+        if not isinstance(layer, QuantizedLayer):
+            remove_masks(layer)
 
 
 def _restore_layer(layer: nn.Module, record: LayerRecord, weights: dict[str, PackedWeight]) -> None:
@@ -160,6 +172,7 @@ def _restore_layer(layer: nn.Module, record: LayerRecord, weights: dict[str, Pac
     dtypes = {layer.own_parameter(name).dtype for name in weights}
     buffers = record.allocate_inputs(dtypes.pop(), layer.parameter_device())
     remove_quantizers(layer)
+    remove_masks(layer)
     make_packed(layer, kind, record, weights, buffers)
 
 
@@ -274,6 +287,7 @@ def _pack_layer(layer: QuantizedLayer, weights: dict[str, PackedWeight]) -> Laye
     )
     kind = cast("type[PackedLayer]", packed_kind(layer))
     remove_quantizers(layer)
+    remove_masks(layer)
     make_packed(layer, kind, record, weights, {**transforms, **buffers})
     return record
 

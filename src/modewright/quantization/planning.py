@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from modewright.errors import ConfigError, MatchError
+from modewright.layers.roles import is_offloaded, is_router, shared_parameters
 from modewright.matching import Matches, match_modules, require_matches
 from modewright.modes.config import describe_validation
 from modewright.quantization.config import (
@@ -22,7 +23,6 @@ from modewright.quantization.config import (
 from modewright.quantization.layers import (
     QuantizedLayer,
     fitted_scheme,
-    is_router,
     layer_kind,
     supported_names,
 )
@@ -201,7 +201,7 @@ def _skips(
             reason = SkipReason.ROUTER
         if reason is not None:
             skipped[name] = reason
-    for places in _sharing(modules):
+    for places in shared_parameters(modules):
         layers = [
             wanted.get(n) if k in quantized.get(n, ()) and n not in skipped else None
             for n, k in places
@@ -221,7 +221,7 @@ def _parameter_names(module: nn.Module) -> tuple[str, ...]:
 
 def _reason(module: nn.Module, names: tuple[str, ...]) -> SkipReason | None:
     """Return why the parameters of one layer cannot be quantized."""
-    if names and _is_offloaded(module):
+    if names and is_offloaded(module):
         return SkipReason.OFFLOADED
     for name in names:
         parameter = module._parameters.get(name)
@@ -230,22 +230,6 @@ def _reason(module: nn.Module, names: tuple[str, ...]) -> SkipReason | None:
         if not parameter.is_floating_point():
             return SkipReason.NOT_FLOATING
     return None
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether a hook of accelerate fetches the parameters when the layer runs."""
-    hook = module.__dict__.get("_hf_hook")
-    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
-
-
-def _sharing(modules: dict[str, nn.Module]) -> list[list[tuple[str, str]]]:
-    """Return for every parameter that is held more than once its holders: module and key."""
-    holders: dict[int, list[tuple[str, str]]] = {}
-    for name, module in modules.items():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((name, key))
-    return [places for places in holders.values() if len(places) > 1]
 
 
 def describe_scheme(layer: SchemeConfig) -> str:

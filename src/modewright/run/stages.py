@@ -29,7 +29,6 @@ from modewright.modes.codec import dumps
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.search import SearchResult
 from modewright.modes.state import ModeState, note_fallback, state_of
-from modewright.quantization.modes import CalibratingMode
 from modewright.quantization.size import packed_bytes
 from modewright.recipes.schema import Recipe, RecipeStep
 from modewright.run.data import RunData, load_data
@@ -244,7 +243,7 @@ class Run:
             batches = None if data.calibration is None else data.calibration.for_mode()
             kwargs = {"calibration": batches, "on_batch": self._on(step.mode)}
             mode = self.registry[step.mode]
-            if blocks is not None and isinstance(mode, CalibratingMode) and mode.resumes:
+            if blocks is not None and mode.resumes:
                 kwargs["checkpoint"] = blocks / step.mode
         try:
             with self.timed(step.mode):

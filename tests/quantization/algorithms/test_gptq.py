@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modewright.formats.catalogue import NumberFormat, format_named, round_to
-from modewright.quantization.algorithms.gptq import corrected_target, gptq, output_error
+from modewright.least_squares import corrected_target, output_error
+from modewright.quantization.algorithms.gptq import gptq
 
 FORMATS = ["int2", "int4", "int8", "uint3", "uint4", "fp4_e2m1", "fp8_e4m3", "nf4"]
 

@@ -12,7 +12,7 @@ Two things go beyond the paper:
 * the inputs that a layer sees in the quantized network differ from those it had in the original
   one. With ``C = X_original^T X`` the target ``W' = W (C + d)(H + d)^-1`` is the weight that
   comes closest to the original output on the inputs that the layer really gets (``d`` is the
-  damping), and it is ``W'`` that is rounded;
+  damping), and it is ``W'`` that is rounded (:func:`modewright.least_squares.corrected_target`);
 * every order of columns is allowed, with scales that stay those of their group ("static groups").
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 
 from modewright.formats.catalogue import NumberFormat, round_to
+from modewright.least_squares import inverse_factor
 
 _FINEST = 16  # columns within which errors are passed on one by one
 
@@ -35,6 +36,7 @@ def gptq(
     damping: float = 0.01,
     activation_order: bool = True,
     block: int = 128,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Round a weight so that the layer's output changes little on the inputs behind ``hessian``.
 
@@ -47,6 +49,8 @@ def gptq(
         damping: Added to the diagonal of the Hessian, as a part of its mean.
         activation_order: Round the columns with the largest inputs first.
         block: Columns whose effect on later ones is applied at once.
+        mask: Boolean ``[out, in]``; where it is false the result stands for zero exactly, and the
+            columns that follow make up for that too.
 
     Returns:
         The numbers of the format that stand for the weight, float32 ``[out, in]``.
@@ -54,41 +58,17 @@ def gptq(
     order = torch.arange(weight.shape[1], device=weight.device)
     if activation_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order], damping)
+    factor = inverse_factor(hessian[order][:, order], damping)
     remaining = weight.float()[:, order]
     scale = scale[:, order]
     zero_point = None if zero_point is None else zero_point[:, order]
     remaining, scale = remaining.t().contiguous(), scale.t().contiguous()  # a column is one run
     shift = None if zero_point is None else zero_point.t().contiguous()
-    chosen = _round(remaining, factor, scale, shift, fmt, (block, _FINEST))
+    kept = None if mask is None else mask[:, order].t().contiguous()
+    chosen = _round(remaining, factor, scale, shift, kept, fmt, (block, _FINEST))
     result = torch.empty_like(weight, dtype=torch.float32)
     result[:, order] = chosen.t()
     return result
-
-
-def corrected_target(
-    weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor, *, damping: float = 0.01
-) -> torch.Tensor:
-    """Return the weight whose output on changed inputs is closest to the original output.
-
-    Args:
-        weight: ``[out, in]``, the original weight.
-        hessian: ``[in, in]``, ``X^T X`` of the inputs that the layer gets now.
-        cross: ``[in, in]``, ``X_original^T X``.
-        damping: How strongly the result is held at ``weight``, as a part of the Hessian's mean
-            diagonal.
-    """
-    damped = _damped(hessian.double(), damping)
-    change: torch.Tensor = torch.linalg.solve(damped, (cross - hessian).double(), left=False)
-    return weight + (weight.double() @ change).float()
-
-
-def output_error(
-    weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor
-) -> torch.Tensor:
-    """Return ``||X (W - Q)^T||^2`` of every output, ``[out]``, from the Hessian."""
-    difference = (weight - approximation).to(hessian.dtype)
-    return ((difference @ hessian) * difference).sum(dim=1)
 
 
 def _round(
@@ -96,6 +76,7 @@ def _round(
     factor: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor | None,
+    kept: torch.Tensor | None,
     fmt: NumberFormat,
     sizes: tuple[int, ...],
 ) -> torch.Tensor:
@@ -108,12 +89,15 @@ def _round(
         The numbers of the format, ``[in, out]``; ``columns`` then holds the scaled errors.
     """
     if not sizes:
-        return _round_one_by_one(columns, factor, scale, shift, fmt)
+        return _round_one_by_one(columns, factor, scale, shift, kept, fmt)
     chosen = torch.empty_like(columns)
     for start in range(0, len(columns), sizes[0]):
         part = slice(start, min(start + sizes[0], len(columns)))
         zeros = None if shift is None else shift[part]
-        chosen[part] = _round(columns[part], factor[part, part], scale[part], zeros, fmt, sizes[1:])
+        mask = None if kept is None else kept[part]
+        chosen[part] = _round(
+            columns[part], factor[part, part], scale[part], zeros, mask, fmt, sizes[1:]
+        )
         columns[part.stop :].addmm_(factor[part, part.stop :].t(), columns[part], alpha=-1)
     return chosen
 
@@ -123,12 +107,15 @@ def _round_one_by_one(
     factor: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor | None,
+    kept: torch.Tensor | None,
     fmt: NumberFormat,
 ) -> torch.Tensor:
     chosen = torch.empty_like(columns)
     for index in range(len(columns)):
         column = columns[index]
         codes = column / scale[index]
+        if kept is not None:
+            codes = codes * kept[index]
         if shift is not None:
             codes = torch.round(codes) + shift[index]
         codes = chosen[index] = round_to(codes, fmt)
@@ -139,20 +126,3 @@ def _round_one_by_one(
             columns[index + 1 :].addr_(factor[index, index + 1 :], error, alpha=-1)
         columns[index] = error
     return chosen
-
-
-def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse of the damped Hessian, float32."""
-    damped = _damped(hessian.double(), damping)
-    lower = torch.linalg.cholesky(damped)
-    inverse = torch.cholesky_inverse(lower)
-    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
-
-
-def _damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Add to the diagonal, so that columns without input are defined; they round to nearest."""
-    mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return hessian + torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype) * (
-        damping * mean
-    )

@@ -125,6 +125,8 @@ class LearnedWeight:
         global_scale: The tensor's scale, for the scale format ``"e4m3"``.
         codes: Numbers of the format to start from, of the shape of ``grouped``; the nearest ones
             if left out.
+        mask: Boolean, of the shape of ``grouped``, or ``None``; where it is false the weight is
+            zero, and its offset stays zero too.
 
     Attributes:
         offset: ``[rows, groups, group]``, in steps.
@@ -142,6 +144,7 @@ class LearnedWeight:
         scale_format: ScaleFormat = "fp32",
         global_scale: torch.Tensor | None = None,
         codes: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> None:
         self.grouped, self.format = grouped, fmt
         self._scale, self._zero_point = scale, zero_point
@@ -152,6 +155,8 @@ class LearnedWeight:
         if zero_point is not None:
             self.shift = torch.zeros_like(scale).requires_grad_(True)
         self._bound = self.offset.detach().abs().clamp_min(0.5)
+        if mask is not None:
+            self._bound *= mask
 
     @property
     def parameters(self) -> list[torch.Tensor]:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from modewright.formats.hadamard import rotate_last
+from modewright.layers.masks import masked
 from modewright.quantization.quantizer import Quantizer
 from modewright.quantization.representation import QuantizerConfig, SchemeConfig
 from modewright.runtime.arguments import on_first, on_first_argument
@@ -136,7 +137,14 @@ class QuantizedLayer(nn.Module):
     # --- values ----------------------------------------------------------------------------------
 
     def own_parameter(self, name: str) -> torch.Tensor:
-        """Return a parameter in full precision, at any time; a tensor where pruning put one."""
+        """Return a parameter in full precision, at any time; what a mask holds at zero is zero."""
+        return masked(self, name, self.held_parameter(name))
+
+    def held_parameter(self, name: str) -> torch.Tensor:
+        """Return a parameter as it is stored: by it, layers that share one are known.
+
+        It is a tensor where pruning put one.
+        """
         found = self._parameters.get(name)
         return cast(torch.Tensor, self.__dict__[name] if found is None else found)
 
@@ -323,8 +331,10 @@ def parameter_property(name: str) -> property:
         held = self._parameters if name in self._parameters else self.__dict__
         value = cast("torch.Tensor | None", held[name])
         seen = _reading.layers.get(id(self))
-        if seen is None or value is None:
-            return value
+        if value is None:
+            return None
+        if seen is None:
+            return self.own_parameter(name)
         key = (name, torch.is_grad_enabled())
         if key not in seen:
             seen[key] = self.effective_parameter(name)

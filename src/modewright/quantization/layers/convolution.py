@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from modewright.layers.matrices import patches
 from modewright.quantization.layers.base import QuantizedLayer
 from modewright.quantization.layers.linear import LinearLike
 
@@ -39,20 +40,9 @@ class ConvForward(LinearLike):
 
     def input_rows(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return the patches that the kernel slides over, ``[positions, in * kernel]``."""
-        own = cast(nn.Conv2d, self)
-        if own.groups != 1:
+        if cast(nn.Conv2d, self).groups != 1:
             return None
-        x = x.detach().float()
-        if x.ndim == len(own.kernel_size) + 1:
-            x = x.unsqueeze(0)
-        mode = "constant" if own.padding_mode == "zeros" else own.padding_mode
-        x = F.pad(x, own._reversed_padding_repeated_twice, mode=mode)
-        sizes = zip(own.kernel_size, own.stride, own.dilation, strict=True)
-        for axis, (size, step, dilation) in enumerate(sizes, start=2):
-            reach = (size - 1) * dilation + 1
-            x = x.unfold(axis, reach, step)[..., ::dilation]  # the window is a new last axis
-        patches = x.movedim(1, len(own.kernel_size) + 1)  # [batch, *positions, in, *kernel]
-        return patches.flatten(len(own.kernel_size) + 1).flatten(0, -2)
+        return patches(self, x.detach().float())
 
 
 class ConvTransposeForward(QuantizedLayer):

@@ -14,12 +14,9 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
+from modewright.layers.experts import fused_parameters, is_transposed
 from modewright.quantization.layers.base import QuantizedLayer
-
-_COUNTS = ("num_experts", "num_local_experts", "n_experts", "n_routed_experts")
-_WIDTHS = ("hidden_dim", "hidden_size", "input_size")
 
 
 class ExpertsForward(QuantizedLayer):
@@ -27,7 +24,7 @@ class ExpertsForward(QuantizedLayer):
 
     @classmethod
     def parameter_names(cls, module: nn.Module) -> tuple[str, ...]:  # noqa: D102
-        return _fused(module)
+        return fused_parameters(module)
 
     @classmethod
     def arranged(cls, module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:  # noqa: D102
@@ -41,34 +38,3 @@ class ExpertsForward(QuantizedLayer):
         if not is_transposed(module, name):
             return tensor.reshape(shape)
         return tensor.reshape(shape[0], shape[2], shape[1]).transpose(1, 2).contiguous()
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether a layer holds the weights of several experts in 3-D parameters."""
-    return bool(_fused(module))
-
-
-def _fused(module: nn.Module) -> tuple[str, ...]:
-    counts = {module.__dict__.get(name) for name in _COUNTS}
-    named = "Experts" in type(module).__name__
-    return tuple(
-        name
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-        and not is_lazy(parameter)
-        and parameter.ndim == 3
-        and parameter.is_floating_point()
-        and not name.endswith("bias")
-        and (parameter.shape[0] in counts or (named and not counts - {None}))
-    )
-
-
-def is_transposed(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is ``[experts, in, out]``: as the layer says, or as the sizes fit."""
-    declared = module.__dict__.get("is_transposed")
-    if isinstance(declared, bool):
-        return declared
-    shape = cast(torch.Tensor, module._parameters[name]).shape
-    width = next((module.__dict__[n] for n in _WIDTHS if n in module.__dict__), None)
-    hidden = 2 if "down" in name else 1  # where the model's width lies if it is transposed
-    return shape[hidden] == width != shape[3 - hidden]

@@ -7,15 +7,17 @@ where the class lies in an optional package or there are many of a kind, by its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from types import MethodType
 from typing import TypeVar, cast
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from modewright.errors import ConfigError
+from modewright.layers.experts import is_experts
+from modewright.layers.matrices import transposed_linear
+from modewright.layers.roles import is_router_class
 from modewright.quantization.layers.attention import MultiheadAttentionForward
 from modewright.quantization.layers.base import (
     PATCHED,
@@ -26,7 +28,7 @@ from modewright.quantization.layers.base import (
     parameter_property,
 )
 from modewright.quantization.layers.convolution import ConvForward, ConvTransposeForward
-from modewright.quantization.layers.experts import ExpertsForward, is_experts
+from modewright.quantization.layers.experts import ExpertsForward
 from modewright.quantization.layers.kv_attention import KvAttentionForward, is_kv_attention
 from modewright.quantization.layers.linear import (
     BilinearForward,
@@ -42,8 +44,6 @@ from modewright.quantization.representation import SchemeConfig
 
 Q = TypeVar("Q", bound=type[QuantizedLayer])
 OLD_FORWARD = "_old_forward"  # where accelerate keeps what its hooks run around
-
-ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "router_gate", "wg")
 
 QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Linear: LinearForward,
@@ -98,13 +98,13 @@ def layer_kind(module: nn.Module) -> type[QuantizedLayer] | None:
     base = _known_class(type(module))
     if base is not None:
         return QUANTIZED_CLASSES[base]
-    if _transposed_linear(type(module)) is not None:
+    if transposed_linear(type(module)) is not None:
         return TransposedLinearForward
     if is_kv_attention(module):
         return KvAttentionForward
     if is_experts(module):
         return ExpertsForward
-    return RouterForward if _is_router(module) else None
+    return RouterForward if is_router_class(module) else None
 
 
 def supported_names() -> str:
@@ -160,20 +160,6 @@ def remove_quantizers(layer: QuantizedLayer) -> nn.Module:
     return layer
 
 
-def is_router(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a layer picks the experts of a mixture: by its class, or its name beside experts.
-
-    Args:
-        name: The layer's path.
-        modules: All modules of the model, by path.
-    """
-    if _is_router(modules[name]):
-        return True
-    parent, _, last = name.rpartition(".")
-    beside = modules[parent]._modules if last in ROUTER_NAMES else {}
-    return any("experts" in key for key in beside)
-
-
 @cache
 def _quantized_class(
     cls: type[nn.Module], kind: type[QuantizedLayer], names: tuple[str, ...], own_forward: bool
@@ -192,7 +178,7 @@ def _has_own_forward(module: nn.Module, kind: type[QuantizedLayer]) -> bool:
     """Whether the arithmetic of a kind would pass over a forward of the subclass or instance."""
     if kind.forward is QuantizedLayer.forward:
         return False  # it runs whatever forward there is
-    base = _known_class(type(module)) or _transposed_linear(type(module))
+    base = _known_class(type(module)) or transposed_linear(type(module))
     if base is None or type(module).forward is not base.forward:
         return True
     patched = _patched(module)
@@ -233,17 +219,3 @@ def _give_back_forward(layer: QuantizedLayer) -> None:
 def _known_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     """Return the nearest of a class and its bases in :data:`QUANTIZED_CLASSES`."""
     return next((base for base in cls.__mro__ if base in QUANTIZED_CLASSES), None)
-
-
-def _transposed_linear(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """Return ``Conv1D`` of Transformers if a class is or derives from it; nothing is imported."""
-    home = "transformers.pytorch_utils"
-    found = (b for b in cls.__mro__ if b.__name__ == "Conv1D" and b.__module__ == home)
-    return next(found, None)
-
-
-def _is_router(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    if "Router" not in type(module).__name__ or weight is None or is_lazy(weight):
-        return False
-    return weight.ndim == 2

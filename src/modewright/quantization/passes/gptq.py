@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from modewright.calibration.driver import Block
-from modewright.quantization.algorithms.gptq import corrected_target, gptq, output_error
-from modewright.quantization.blockwise import LayerGroup, OnBlock, input_rows, layer_groups, walk
+from modewright.calibration.moments import second_moments
+from modewright.layers.masks import mask_of
+from modewright.least_squares import corrected_target, output_error
+from modewright.quantization.algorithms.gptq import gptq
+from modewright.quantization.blockwise import OnBlock, input_rows, layer_groups, walk
 from modewright.quantization.config import GptqConfig
 from modewright.quantization.layers import QuantizedLayer
-from modewright.quantization.passes.records import finish, require_tokens, row_weights
+from modewright.quantization.passes.records import finish, require_tokens
 from modewright.quantization.passes.weights import WeightGrid
 
 Metadata = dict[str, Any]
@@ -37,7 +40,10 @@ def convert(
     def solve(block: Block) -> Metadata:
         found: Metadata = {}
         for group in layer_groups(block):
-            hessian, cross, tokens = second_moments(block, group, config)
+            originals = input_rows(block, group, original=True) if config.correct_inputs else None
+            hessian, cross, tokens = second_moments(
+                input_rows(block, group), originals, config.max_row_norm
+            )
             for name, layer in group.layers.items():
                 if require_tokens(tokens, layer, config.min_tokens, found, name):
                     found[name] = _solve_layer(layer, hessian, cross, config)
@@ -57,30 +63,6 @@ def convert(
     return model, finish(model, blocks)
 
 
-def second_moments(
-    block: Block, group: LayerGroup, config: GptqConfig
-) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-    """Return ``X^T X`` of a group's inputs, ``X_original^T X`` if wanted, and the rows seen.
-
-    Rows much longer than the median one of their batch are scaled down (``row_weights``).
-    """
-    hessian = cross = torch.zeros(())
-    seen = 0
-    originals = input_rows(block, group, original=True) if config.correct_inputs else None
-    for rows in input_rows(block, group):
-        other = None if originals is None else next(originals)
-        if rows is None or not len(rows):
-            continue
-        seen += len(rows)
-        weight = row_weights(rows, config.max_row_norm)
-        rows = rows * weight
-        hessian = hessian + rows.t() @ rows
-        if other is None or other.shape != rows.shape:  # experts get other tokens than they did
-            other = rows / weight
-        cross = cross + (other * weight).t() @ rows
-    return hessian, (cross if config.correct_inputs else None), seen
-
-
 def _solve_layer(
     layer: QuantizedLayer, hessian: torch.Tensor, cross: torch.Tensor | None, config: GptqConfig
 ) -> Metadata:
@@ -89,8 +71,11 @@ def _solve_layer(
     target = weight
     if cross is not None:
         target = corrected_target(weight, hessian, cross, damping=config.correction_damping)
+    mask = mask_of(layer)
+    kept = None if mask is None else layer.weight_matrix(mask)
     importance = hessian.diagonal().expand_as(target)
-    grid.set_scale(target, importance=importance if config.search_scale else None)
+    fitted = target if kept is None else target * kept  # what is masked takes no part of the range
+    grid.set_scale(fitted, importance=importance if config.search_scale else None)
     scale, zero_point = grid.expanded()
     values = gptq(
         target,
@@ -100,8 +85,9 @@ def _solve_layer(
         grid.format,
         damping=config.damping,
         activation_order=config.activation_order,
+        mask=kept,
     )
-    nearest = grid.nearest(target)
+    nearest = grid.nearest(fitted)
     errors = [output_error(target, grid.values(v), hessian).sum() for v in (values, nearest)]
     grid.choose(values if errors[0] <= errors[1] else nearest)
     power = output_error(target, torch.zeros_like(target), hessian).sum().clamp_min(1e-30)

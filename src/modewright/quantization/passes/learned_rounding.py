@@ -12,16 +12,18 @@ import torch
 from torch import nn
 
 from modewright.calibration.driver import Block
+from modewright.calibration.outputs import batches_of, frozen
+from modewright.calibration.precision import automatic_precision, usable_precision
+from modewright.layers.masks import mask_of
 from modewright.quantization.algorithms.learned_rounding import LearnedWeight, Schedule, learn
 from modewright.quantization.blockwise import OnBlock, walk
 from modewright.quantization.config import LearnedRoundingConfig
 from modewright.quantization.convert import quantized_layers
+from modewright.quantization.layers import QuantizedLayer
 from modewright.quantization.passes.records import finish
-from modewright.quantization.precision import automatic_precision, usable_precision
 from modewright.quantization.quantizer import Quantizer
 
 Metadata = dict[str, Any]
-_ROWS_IN_A_STEP = 1024
 _REACH = {"sign": 1.0, "adam": 2.0}  # steps of the grid, times the iterations: the rate of offsets
 _LONG = 3.0  # how many times the median error of a batch one token's error may count,
 _LOST = 30.0  # or this, times the part of the token that is lost over the median part
@@ -60,7 +62,9 @@ def convert(
 
 def _solve(block: Block, config: LearnedRoundingConfig) -> Metadata:
     learned = {
-        quantizer: learned_weight(quantizer, layer.to_quantize(parameter).detach())
+        quantizer: learned_weight(
+            quantizer, layer.to_quantize(parameter).detach(), _kept(layer, parameter)
+        )
         for layer in quantized_layers(block.module).values()
         for parameter, quantizer in layer.quantized_parameters().items()
         if not quantizer.config.dynamic
@@ -115,17 +119,26 @@ def _solve(block: Block, config: LearnedRoundingConfig) -> Metadata:
     return {name: dict(entry) for name in names}
 
 
-def batches_of(rows: int, count: int) -> int:
-    """Return how many of ``count`` batches with ``rows`` rows in all make a step."""
-    return max(1, min(count, round(_ROWS_IN_A_STEP * count / max(rows, 1))))
-
-
 def _rows(hidden: torch.Tensor) -> int:
     return hidden.numel() // max(hidden.shape[-1], 1)
 
 
-def learned_weight(quantizer: Quantizer, weight: torch.Tensor) -> LearnedWeight:
-    """Return parameters that start at what a quantizer makes of its weight now."""
+def _kept(layer: QuantizedLayer, parameter: str) -> torch.Tensor | None:
+    """Return the mask of a parameter in the shape that its quantizer gets."""
+    mask = mask_of(layer, parameter)
+    return None if mask is None else type(layer).arranged(layer, parameter, mask)
+
+
+def learned_weight(
+    quantizer: Quantizer, weight: torch.Tensor, mask: torch.Tensor | None = None
+) -> LearnedWeight:
+    """Return parameters that start at what a quantizer makes of its weight now.
+
+    Args:
+        quantizer: The quantizer.
+        weight: What it gets.
+        mask: Of the same shape; what is false in it stands for zero and goes on to do so.
+    """
     if quantizer.scale is None:
         quantizer.set_from_tensor(weight)
     codes = None
@@ -140,6 +153,7 @@ def learned_weight(quantizer: Quantizer, weight: torch.Tensor) -> LearnedWeight:
         scale_format=quantizer.config.scale_format,
         global_scale=quantizer.global_scale,
         codes=codes,
+        mask=None if mask is None else quantizer.grouping.split(mask.float()) > 0,
     )
 
 
@@ -178,19 +192,6 @@ def substituted(learned: dict[Quantizer, LearnedWeight]) -> Iterator[Callable[[]
     finally:
         for quantizer in learned:
             quantizer.substitute = None
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Keep gradients away from the parameters of a module."""
-    switched = [p for p in module.parameters() if p.requires_grad]
-    try:
-        for parameter in switched:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in switched:
-            parameter.requires_grad_(True)
 
 
 def _error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

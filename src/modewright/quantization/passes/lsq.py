@@ -9,23 +9,25 @@ nothing but them at the end). So blocks that were each optimized alone come to f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 
 from modewright.calibration.forward import evaluating, run_batch
-from modewright.calibration.outputs import main_output
-from modewright.errors import DataError
+from modewright.calibration.outputs import (
+    batches_in_step,
+    frozen,
+    output_distance,
+    repeatable_batches,
+)
+from modewright.calibration.precision import usable_precision
 from modewright.quantization.blockwise import OnBlock, as_original
 from modewright.quantization.config import LsqConfig
 from modewright.quantization.convert import quantized_layers
-from modewright.quantization.passes.learned_rounding import batches_of, frozen
 from modewright.quantization.passes.records import finish
-from modewright.quantization.precision import automatic_precision, usable_precision
 from modewright.quantization.quantizer import Quantizer
 
 Metadata = dict[str, Any]
@@ -109,7 +111,7 @@ def convert(
     Raises:
         DataError: There is no calibration data, or none that can be gone through more than once.
     """
-    batches = _batches(calibration)
+    batches = repeatable_batches(calibration, "lsq")
     learned = {
         quantizer: _LearnedScale(quantizer, layer.to_quantize(parameter).detach())
         for layer in quantized_layers(model).values()
@@ -141,7 +143,7 @@ def _learn(
     probe, training = (batches[-held:], batches[:-held]) if held else (batches, batches)
     factors = [scale.factor for scale in learned]
     adam = torch.optim.Adam(factors, lr=config.rate, betas=(0.9, 0.95))
-    together = config.batch_size or batches_of(sum(map(_size, training)), len(training))
+    together = config.batch_size or batches_in_step(training)
     steps_each = -(-len(training) // together)
     total = steps_each * config.epochs
     adjust = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: max(1 - step / total, 0.01))
@@ -172,13 +174,6 @@ def _learn(
     return history
 
 
-def _size(batch: object) -> int:
-    """Return how many tokens a batch has: the length of its first tensor of ids or features."""
-    items: Any = batch.values() if isinstance(batch, Mapping) else batch
-    first = batch if isinstance(batch, torch.Tensor) else next(iter(items))
-    return int(first.numel() // (first.shape[-1] if first.is_floating_point() else 1))
-
-
 def _probe(model: nn.Module, made: _Made, batches: Sequence[object], config: LsqConfig) -> float:
     with torch.no_grad():
         found = sum(float(_distance(model, batch, config)) for batch in batches) / len(batches)
@@ -188,28 +183,9 @@ def _probe(model: nn.Module, made: _Made, batches: Sequence[object], config: Lsq
 
 def _distance(model: nn.Module, batch: object, config: LsqConfig) -> torch.Tensor:
     """Return how far the quantized network's output is from the original's, on one batch."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with automatic_precision(device, config.precision):
-        with torch.no_grad(), as_original(model):
-            wanted, are_logits = main_output(run_batch(model, batch), "mode 'lsq'")
-        got, _ = main_output(run_batch(model, batch), "mode 'lsq'")
-    wanted, got = wanted.detach().float(), got.float()
-    if config.loss == "kl" or (config.loss == "auto" and are_logits):
-        return F.kl_div(
-            F.log_softmax(got, -1).flatten(0, -2),
-            F.log_softmax(wanted, -1).flatten(0, -2),
-            reduction="batchmean",
-            log_target=True,
-        )
-    return F.mse_loss(got, wanted) / wanted.var().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _batches(calibration: object) -> Sequence[object]:
-    if isinstance(calibration, Sequence) and len(calibration):
-        return calibration
-    raise DataError(
-        "mode 'lsq' goes through its data several times: pass a list of batches as "
-        f"mode_kwargs={{'calibration': batches}}; received {type(calibration).__name__}."
+    loss, precision = config.loss, config.precision
+    return output_distance(
+        model, batch, as_original, loss=loss, precision=precision, who="mode 'lsq'"
     )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from modewright.calibration.forward import OnBatch, run_calibration
 from modewright.calibration.histogram import HistogramObserver
+from modewright.calibration.moments import row_weights
 from modewright.calibration.statistics import RangeObserver, Statistic
 from modewright.errors import DataError
 from modewright.formats.catalogue import NumberFormat
@@ -37,7 +38,6 @@ from modewright.quantization.convert import quantized_layers, quantizers
 from modewright.quantization.layers import QuantizedLayer
 from modewright.quantization.passes.records import (
     buffers_of,
-    row_weights,
     set_max_scale,
     settle_shared,
 )

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from modewright.errors import DataError
@@ -45,23 +44,6 @@ def set_max_scale(path: str, layer: QuantizedLayer, parameter: str) -> None:
         raise DataError(f"The {parameter} of {path!r} cannot be quantized: {error}") from error
 
 
-def row_weights(rows: torch.Tensor, limit: float | None) -> torch.Tensor:
-    """Return what to multiply every row with, ``[n, 1]``, so that none counts too much.
-
-    The first token of a text has inputs a hundred times longer than others in many language
-    models, and would be all that a sum of squares sees.
-
-    Args:
-        rows: ``[n, in]``.
-        limit: How many times the median length a row may have; ``None`` for no limit.
-    """
-    if limit is None:
-        return rows.new_ones(len(rows), 1)
-    length = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    weights: torch.Tensor = (length.median() * limit / length).clamp(max=1.0)
-    return weights
-
-
 def settle_shared(model: nn.Module) -> None:
     """Give layers that share a weight the same scales and codes, so that it can be stored once.
 
@@ -72,7 +54,7 @@ def settle_shared(model: nn.Module) -> None:
     for layer in quantized_layers(model).values():
         for name, quantizer in layer.quantized_parameters().items():
             if layer.low_rank_up is None:
-                holders.setdefault(id(layer.own_parameter(name)), []).append((layer, quantizer))
+                holders.setdefault(id(layer.held_parameter(name)), []).append((layer, quantizer))
     for sharing in holders.values():
         _, chosen = next((pair for pair in sharing if pair[0].has_rows), sharing[0])
         for _, quantizer in sharing:

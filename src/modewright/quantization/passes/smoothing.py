@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from modewright.calibration.driver import Block
+from modewright.calibration.moments import row_weights
 from modewright.quantization.algorithms.smoothing import awq_factors, smooth_factors
 from modewright.quantization.blockwise import LayerGroup, OnBlock, input_rows, layer_groups, walk
 from modewright.quantization.config import AwqConfig, SmoothquantConfig
 from modewright.quantization.convert import quantized_layers
 from modewright.quantization.folding import Fold, divide, find_fold
 from modewright.quantization.layers import QuantizedLayer
-from modewright.quantization.passes.records import finish, row_weights, set_max_scale
+from modewright.quantization.passes.records import finish, set_max_scale
 from modewright.quantization.passes.weights import WeightGrid
 
 Metadata = dict[str, Any]

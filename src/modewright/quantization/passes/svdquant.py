@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from modewright.calibration.driver import Block
+from modewright.calibration.moments import row_weights
 from modewright.quantization.algorithms.svdquant import low_rank
 from modewright.quantization.blockwise import LayerGroup, OnBlock, input_rows, layer_groups, walk
 from modewright.quantization.config import SvdquantConfig
 from modewright.quantization.layers import QuantizedLayer
-from modewright.quantization.passes.records import finish, row_weights, set_max_scale
+from modewright.quantization.passes.records import finish, set_max_scale
 from modewright.quantization.passes.weights import WeightGrid
 
 Metadata = dict[str, Any]

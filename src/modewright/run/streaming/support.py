@@ -62,6 +62,10 @@ _WHY_NOT = {
     "rotate": "it turns the stream that all blocks read and write",
     "auto_quantize": "it weighs all layers against one another",
     "lsq": "it learns the scales of all blocks together",
+    **dict.fromkeys(
+        ("sparse_magnitude", "wanda", "sparsegpt", "alps", "export_sparse"),
+        "sparsity is not streamed yet",
+    ),
     "decompress": "it begins with a packed model, which fits in memory",
 }
 
