@@ -112,7 +112,7 @@ def make_skippable(model: nn.Module, parts: Mapping[str, int]) -> None:
     """
     for path, count in parts.items():
         module = model.get_submodule(path)
-        module.__class__ = _skippable_class(type(module))  # type: ignore[assignment]
+        module.__class__ = _skippable_class(type(module))  # type: ignore[arg-type]
         block = cast(SkippableBlock, module)
         block.skipped, block.parts = False, count
 
