@@ -27,12 +27,14 @@ if TYPE_CHECKING:
         restore,
         restore_from_mode_state,
         save,
+        search,
         verify,
     )
     from modewright.builtin_modes import default_registry, register_mode
     from modewright.modes.config import ModeConfig
     from modewright.modes.descriptor import ModeDescriptor
     from modewright.modes.registry import ModeRegistry
+    from modewright.modes.search import SearchResult
     from modewright.modes.searcher import BaseSearcher
     from modewright.modes.traits import Trait
     from modewright.recipes.loader import load_recipe
@@ -52,6 +54,7 @@ _HOME = {
     "restore": "api",
     "restore_from_mode_state": "api",
     "save": "api",
+    "search": "api",
     "verify": "api",
     "default_registry": "builtin_modes",
     "register_mode": "builtin_modes",
@@ -59,6 +62,7 @@ _HOME = {
     "check_mode": "api",
     "ModeDescriptor": "modes.descriptor",
     "ModeRegistry": "modes.registry",
+    "SearchResult": "modes.search",
     "BaseSearcher": "modes.searcher",
     "Trait": "modes.traits",
     "load_recipe": "recipes.loader",
@@ -74,6 +78,7 @@ __all__ = [
     "ModeRegistry",
     "Recipe",
     "Result",
+    "SearchResult",
     "Trait",
     "__version__",
     "apply_mode",
@@ -93,6 +98,7 @@ __all__ = [
     "restore",
     "restore_from_mode_state",
     "save",
+    "search",
     "verify",
 ]
 

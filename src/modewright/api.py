@@ -14,14 +14,18 @@ from modewright.modes import apply as _apply
 from modewright.modes import checkpoint as _checkpoint
 from modewright.modes import contract as _contract
 from modewright.modes import planning as _planning
+from modewright.modes import search as _search
 from modewright.modes.checkpoint import Inspection, Verification
 from modewright.modes.model_like import all_modules, unwrap
 from modewright.modes.planning import Plan
 from modewright.modes.registry import ModeRegistry
+from modewright.modes.search import SearchResult
 from modewright.modes.state import ModeState, require_state_at_root, set_state, state_of
 from modewright.modes.steps import ConfigLike, ModeKwargs, Modes
 
 if TYPE_CHECKING:
+    import torch
+
     from modewright.quantization.config import QuantizeConfig
 
 
@@ -284,6 +288,78 @@ def quantize(
     steps: Modes = [("quantize", {"scheme": scheme, **(fields or {})}), ("max_calibrate", None)]
     return apply_mode(
         model, steps, registry=registry, mode_kwargs=[{}, {"calibration": calibration}]
+    )
+
+
+def search(
+    model: object,
+    mode: Modes,
+    constraints: Mapping[str, float | str],
+    *,
+    dummy_input: Any = None,
+    calibration: object = None,
+    score_func: Callable[[nn.Module], float] | None = None,
+    loss_func: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+    config: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+    max_trials: int | None = None,
+    max_seconds: float | None = None,
+    on_trial: Callable[[int, int | None], None] | None = None,
+    mode_kwargs: ModeKwargs = None,
+    registry: ModeRegistry | None = None,
+) -> SearchResult:
+    """Search what a mode opens for the best subnet within constraints, and set the model to it.
+
+    The mode is applied first, unless it was the last that was applied. What the search chose is
+    part of the mode's record when the next mode is applied or the model is saved. If anything
+    fails, the model is put back as it was.
+
+    Args:
+        model: As for :func:`apply_mode`.
+        mode: The mode that opens the search space: a name, or a pair of a name and a config.
+        constraints: Upper bounds, absolute or relative to the whole model: ``{"params": 2e6}``,
+            ``{"flops": "60%", "latency": "80%"}``, ``{"effective_bits": 4.5}``.
+        dummy_input: An input to trace or measure the model with: a tensor, a tuple or a dict; the
+            first calibration batch if left out.
+        calibration: Batches (each a tensor, tuple or dict of inputs), or a function that runs the
+            model.
+        score_func: ``(model) -> float``, how good what is tried is; higher is better.
+        loss_func: ``(model, batch) -> tensor``, a mean loss; for gradients, and, negative, as the
+            score where there is no ``score_func``.
+        config: Further options of the mode's searcher.
+        checkpoint: A file to keep progress in; a search that was killed goes on from it.
+        max_trials: Try no more than this.
+        max_seconds: Begin no trial after this time.
+        on_trial: Called with how much is done, and how much there is, if that is known.
+        mode_kwargs: What the mode's ``convert`` needs besides.
+        registry: Where the mode is looked up; the default registry if left out.
+
+    Returns:
+        A :class:`modewright.SearchResult`.
+
+    Raises:
+        SearchError: The mode has no search, or nothing in the search space meets the constraints,
+            which is said before the search begins, with the closest that can be met.
+        ConfigError: A constraint or an option is unknown.
+        ApplyModeError: The mode could not be applied.
+    """
+    given = {
+        "calibration": calibration,
+        "score_func": score_func,
+        "loss_func": loss_func,
+        "checkpoint": checkpoint,
+        "max_trials": max_trials,
+        "max_seconds": max_seconds,
+        "on_trial": on_trial,
+    }
+    return _search.search(
+        model,
+        mode,
+        constraints,
+        registry=_or_default(registry),
+        dummy_input=dummy_input,
+        config={**(config or {}), **{k: v for k, v in given.items() if v is not None}},
+        mode_kwargs=mode_kwargs,
     )
 
 

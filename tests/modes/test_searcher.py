@@ -84,7 +84,8 @@ def test_defaults_are_filled_in() -> None:
     searcher = Recorder()
     searcher.search(MLP.make(), {}, config={"verbose": False})
 
-    assert searcher.config == {"checkpoint": None, "verbose": False}
+    assert searcher.config == {**searcher.default_search_config, "verbose": False}
+    assert searcher.config["checkpoint"] is None
 
 
 def test_searcher_finds_the_best_subnet_within_the_bound(space: nn.Module) -> None:
@@ -114,7 +115,9 @@ def test_train_flags_are_put_back_also_after_an_error(error: type[BaseException]
     assert [m.training for m in model.modules()] == before
 
 
-@pytest.mark.parametrize("name", ["model", "config", "constraints", "dummy_input"])
+@pytest.mark.parametrize(
+    "name", ["model", "config", "constraints", "dummy_input", "bounds", "points"]
+)
 def test_state_may_not_shadow_what_the_search_is_given(name: str) -> None:
     class Shadows(Recorder):
         default_state_dict = {name: 1}  # noqa: RUF012
@@ -139,6 +142,105 @@ def test_default_state_is_copied_for_every_search() -> None:
 
     Shares().search(MLP.make(), {})
     assert shared == []
+
+
+# --- bounds, scores, visited points -------------------------------------------------------------
+
+
+def test_bounds_are_resolved_and_what_cannot_be_met_is_refused_first() -> None:
+    class Bounded(Recorder):
+        def before_search(self) -> None:
+            self.bound({"params": 200.0, "flops": 50.0}, {"params": 60.0, "flops": 1.0})
+
+    searcher = Bounded()
+    searcher.search(MLP.make(), {"params": "40%", "flops": 20})
+    assert {b.name: b.value for b in searcher.bounds.bounds} == {"params": 80, "flops": 20}
+    with pytest.raises(SearchError, match="params = 60"):
+        Bounded().search(MLP.make(), {"params": "20%"})
+    with pytest.raises(ConfigError, match="'width'"):
+        Bounded().search(MLP.make(), {"width": 3})
+
+
+def test_score_is_the_callers_function_or_the_negative_mean_loss() -> None:
+    scores: list[float] = []
+
+    class Scores(Recorder):
+        def run_search(self) -> None:
+            scores.append(self.score())
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        assert not model.training
+        return model(batch).square().mean()
+
+    model = MLP.make().train()
+    with torch.no_grad():
+        expected = [float(model(batch).square().mean()) for batch in MLP.batches]
+    Scores().search(model, {}, config={"score_func": lambda model: 3})
+    Scores().search(model, {}, config={"loss_func": loss, "calibration": MLP.batches})
+    assert scores == [3.0, pytest.approx(-sum(expected) / 2)]
+    assert model.training
+    with pytest.raises(ConfigError, match="score_func"):
+        Scores().search(model, {}, config={"calibration": MLP.batches})
+
+
+class Visitor(Recorder):
+    """Visits five points."""
+
+    def run_search(self) -> None:
+        while len(self.points) < 5 and not self.exhausted:
+            number = len(self.points)
+            self.record({"params": float(number)}, -number, {"width": number}, total=5)
+            self.save_search_checkpoint()
+
+
+def test_visited_points_are_kept_and_shown() -> None:
+    searcher = Visitor()
+    shown: list[tuple[int, int | None]] = []
+    searcher.search(MLP.make(), {}, config={"on_trial": lambda *a: shown.append(a)})
+
+    assert shown == [(number, 5) for number in range(1, 6)]
+    assert searcher.points[2] == {"costs": {"params": 2.0}, "score": -2.0, "subnet": {"width": 2}}
+
+
+def test_a_search_stops_after_as_many_trials_or_seconds_as_it_may_take() -> None:
+    searcher = Visitor()
+    searcher.search(MLP.make(), {}, config={"max_trials": 2})
+    assert len(searcher.points) == 2
+    searcher.search(MLP.make(), {}, config={"max_seconds": 0})
+    assert searcher.points == []
+
+
+def test_visited_points_survive_in_the_checkpoint(tmp_path: Path) -> None:
+    path, searcher = tmp_path / "search", Visitor()
+    searcher.search(MLP.make(), {}, config={"max_trials": 3, "checkpoint": path})
+    searcher.search(MLP.make(), {}, config={"checkpoint": path})
+
+    assert [point["subnet"]["width"] for point in searcher.points] == [0, 1, 2, 3, 4]
+
+
+def test_what_does_not_depend_on_constraints_serves_others(tmp_path: Path) -> None:
+    class Scored(Recorder):
+        serves_other_constraints = True
+        default_state_dict = {"table": []}  # noqa: RUF012
+
+        def before_search(self) -> None:
+            self.found = list(self.table)
+
+        def run_search(self) -> None:
+            assert self.best == {}
+            self.table = [3, 1]
+            self.best = {"answer": self.constraints["params"]}
+            self.save_search_checkpoint()
+
+        def after_search(self) -> None:
+            pass
+
+    path, searcher = tmp_path / "search", Scored()
+    searcher.search(MLP.make(), {"params": 1}, config={"checkpoint": path})
+    assert searcher.found == []
+    best = searcher.search(MLP.make(), {"params": 2}, config={"checkpoint": path})
+    assert searcher.found == [3, 1]
+    assert best == {"answer": 2}
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -203,6 +305,7 @@ FOREIGN: dict[str, Any] = {
     "state no dict": lambda body, tensors: {**body, "state": 3},
     "state with another key": lambda body, tensors: body["state"].update(more=1),
     "state without a key": lambda body, tensors: body["state"].pop("tried") and None,
+    "points no list": lambda body, tensors: body["state"].update(points=3),
     "tensor missing": lambda body, tensors: tensors.clear(),
     "other fingerprint": lambda body, tensors: {**body, "fingerprint": "0"},
     "future nesting": lambda body, tensors: body["state"].update(best=nest(90)),

@@ -128,18 +128,20 @@ def _attention_flops(
     query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
     """Count the fused attention of CPUs: scores ``[q, k]`` and their products with the values."""
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
 
 
 def _grouped_flops(rows: Any, matrices: Any, *args: Any, **kwargs: Any) -> int:
     """Count a product of rows with the matrix of the expert that each was sent to."""
     groups = rows[0] if len(rows) == 3 and len(matrices) == 2 else 1
-    return 2 * math.prod(rows) * matrices[-1] // groups
+    return int(2 * math.prod(rows) * matrices[-1] // groups)
 
 
 def _flops(model: nn.Module, dummy_input: Any) -> int:
     aten: Any = torch.ops.aten
-    unknown_to_torch = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    unknown_to_torch: dict[Any, Any] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops
+    }
     if hasattr(aten, "_grouped_mm"):
         unknown_to_torch[aten._grouped_mm] = _grouped_flops
     counter = FlopCounterMode(display=False, custom_mapping=unknown_to_torch)
