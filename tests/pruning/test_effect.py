@@ -67,12 +67,6 @@ def test_outputs_that_are_no_logits_are_compared_by_their_squares() -> None:
     assert effect(model) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_loss_function_takes_the_place_of_the_comparison() -> None:
-    effect = Effect(MLP.make(), [1.0, 3.0], lambda model, batch: torch.tensor(batch))
-
-    assert effect(MLP.make()) == 2.0
-
-
 def test_there_must_be_batches() -> None:
     with pytest.raises(DataError, match="pass calibration="):
         Effect(MLP.make(), [])

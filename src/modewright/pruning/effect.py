@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from modewright.calibration.calls import first_tensor
 from modewright.calibration.forward import evaluating, run_batch
 from modewright.errors import DataError
 
-LossFunc = Callable[[nn.Module, Any], torch.Tensor]
 _REFERENCE_BYTES = 256 * 2**20
 
 
@@ -22,39 +21,31 @@ class Effect:
 
     The measure is the mean divergence KL(now || later) per token, in nats, for networks that put
     out ``logits``; for others the mean squared change of the output, as a part of its mean square.
-    With a loss function it is the mean loss.
 
     Args:
         model: The network as it is before anything is tried.
         batches: What it is run on, each as ``run_batch`` takes it.
-        loss_func: Called with the model and a batch; returns a scalar tensor, lower is better.
 
     Raises:
         DataError: There are no batches, or the network puts out no tensor.
     """
 
-    def __init__(
-        self, model: nn.Module, batches: Sequence[Any], loss_func: LossFunc | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
         if not batches:
             raise DataError(
                 "A search by measured effect needs data that the model is run on: pass "
                 "calibration=batches."
             )
-        self._batches, self._loss_func = batches, loss_func
+        self._batches = batches
         self._reference: list[torch.Tensor] = []
         self._share: int | None = None  # rows of logits that are kept of a batch
-        if loss_func is None:
-            with torch.no_grad(), evaluating(model):
-                for batch in batches:
-                    self._reference.append(self._kept(run_batch(model, batch)))
+        with torch.no_grad(), evaluating(model):
+            for batch in batches:
+                self._reference.append(self._kept(run_batch(model, batch)))
 
     def __call__(self, model: nn.Module) -> float:
-        """Return how far the network is now from what it was; with a loss function, its loss."""
+        """Return how far the network is now from what it was."""
         with torch.no_grad(), evaluating(model):
-            if self._loss_func is not None:
-                losses = [float(self._loss_func(model, batch)) for batch in self._batches]
-                return sum(losses) / len(losses)
             changes = [
                 self._change(reference, run_batch(model, batch))
                 for reference, batch in zip(self._reference, self._batches, strict=True)

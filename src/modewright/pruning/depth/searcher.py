@@ -9,10 +9,11 @@ Minoux 1978). This takes a few runs a round instead of one for every block.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from modewright.errors import SearchError
-from modewright.evaluation.cost import measure_cost
+from modewright.evaluation.cost import COST_NAMES, measure_cost
 from modewright.modes.constraints import Constraints
 from modewright.modes.searcher import BaseSearcher
 from modewright.pruning.depth.blocks import (
@@ -38,6 +39,8 @@ class DepthSearcher(BaseSearcher):
         measured: By set of dropped blocks what was measured to be left.
     """
 
+    serves_other_constraints = True
+
     effects: dict[str, float]
     relief: dict[str, dict[str, float]]
     full: dict[str, float]
@@ -47,11 +50,11 @@ class DepthSearcher(BaseSearcher):
     def default_search_config(self) -> dict[str, Any]:
         """See the base class.
 
-        ``batches``: on how many calibration batches effects are measured. ``retries``: how many of
-        the blocks that looked best are tried again in a round, at least.
+        ``batches``: on how many calibration batches effects are measured, if no ``score_func`` or
+        ``loss_func`` is given. ``retries``: how many of the blocks that looked best are tried again
+        in a round, at least.
         """
-        own = {"calibration": None, "loss_func": None, "batches": 8, "retries": 3}
-        return {**super().default_search_config, **own}
+        return {**super().default_search_config, "batches": 8, "retries": 3}
 
     @property
     def default_state_dict(self) -> dict[str, Any]:
@@ -61,26 +64,30 @@ class DepthSearcher(BaseSearcher):
     def before_search(self) -> None:
         """Measure costs, refuse what cannot be reached, and run the whole network."""
         skip_blocks(self.model, ())
-        bounds = Constraints.parse(self.constraints)
-        self._measure_costs(bounds.names)
-        self.bounds = bounds.resolve(self.full)
-        self.bounds.require_reachable(self._smallest(), "the model with one block of each list")
+        names = Constraints.parse(self.constraints, COST_NAMES).names
+        self._measure_costs(names)
+        self.bound(self.full, self._smallest(), names=COST_NAMES)
         batches = some_batches(self.config["calibration"], self.config["batches"])
+        scored = self.config["score_func"] is not None or self.config["loss_func"] is not None
         with noting_parts(self.model):
-            self._effect = Effect(self.model, batches, self.config["loss_func"])
+            self._effect = None if scored else Effect(self.model, batches)
+            if scored:
+                self.score()
 
     def run_search(self) -> None:
         """Drop blocks until the constraints hold."""
+        self.points = []
         dropped: list[str] = []
         costs = self.full
         known: dict[str, float] = {}  # what a block's loss added when it was last tried
-        while not self.bounds.satisfied_by(costs):
+        while not self._fit(costs):
             chosen = self._next(dropped, costs, known)
             dropped.append(chosen)
-            del known[chosen]
+            known.pop(chosen, None)
             costs = self._costs(dropped)
-            if self.bounds.satisfied_by(costs):  # by what each block saves; latencies do not add up
+            if self._fit(costs):  # by what each block saves; latencies do not add up
                 costs = self._measured_costs(dropped)
+            self.record(costs, -self._effect_of(dropped), list(dropped))
         self.best = {"dropped": dropped, "effect": self._effect_of(dropped), "costs": costs}
 
     def after_search(self) -> None:
@@ -89,31 +96,41 @@ class DepthSearcher(BaseSearcher):
 
     def _next(self, dropped: list[str], costs: dict[str, float], known: dict[str, float]) -> str:
         """Return the block that is dropped next: least harm for what it saves."""
+        saved = self._saved(dropped, costs)
+        useful = list(saved)
+        before = self._effect_of(dropped)
+
+        def harm(path: str) -> tuple[float, str]:
+            added = known.get(path, math.inf if self.exhausted else -math.inf)
+            return (added / saved[path] if added > 0 else added), path
+
+        fresh: set[str] = set()
+        while True:
+            best = min(useful, key=harm)
+            enough = len(fresh) >= min(len(useful), self.config["retries"])
+            if (best in fresh and enough) or self.exhausted:
+                return best
+            again = min((path for path in useful if path not in fresh), key=harm)
+            known[again] = self._effect_of([*dropped, again]) - before
+            fresh.add(again)
+
+    def _fit(self, costs: dict[str, float]) -> bool:
+        return self.bounds is not None and self.bounds.satisfied_by(costs)
+
+    def _saved(self, dropped: list[str], costs: dict[str, float]) -> dict[str, float]:
+        """Return by block how much less the constraints are exceeded without it, if any."""
+        if self.bounds is None:
+            raise SearchError("The search has not begun: call search().")
         excess = self.bounds.violation(costs)
         saved = {
             path: excess - self.bounds.violation(_less(costs, self.relief[path]))
             for path in self._candidates(dropped)
         }
-        useful = [path for path, amount in saved.items() if amount > 0]
-        if not useful:
+        if not any(amount > 0 for amount in saved.values()):
             raise SearchError(
                 f"The constraint {self.bounds} cannot be met: no block that is left saves anything."
             )
-        before = self._effect_of(dropped)
-
-        def harm(path: str) -> float:
-            added = known.get(path, float("-inf"))
-            return added / saved[path] if added > 0 else added
-
-        fresh: set[str] = set()
-        while True:
-            best = min(useful, key=lambda path: (harm(path), path))
-            if best in fresh and len(fresh) >= min(len(useful), self.config["retries"]):
-                return best
-            rest = [path for path in useful if path not in fresh]
-            again = best if best not in fresh else min(rest, key=lambda path: (harm(path), path))
-            known[again] = self._effect_of([*dropped, again]) - before
-            fresh.add(again)
+        return {path: amount for path, amount in saved.items() if amount > 0}
 
     def _candidates(self, dropped: list[str]) -> list[str]:
         """Return the blocks that may be dropped next: one of each list stays."""
@@ -145,7 +162,8 @@ class DepthSearcher(BaseSearcher):
         if key not in self.effects:
             skip_blocks(self.model, dropped)
             try:
-                self.effects[key] = self._effect(self.model)
+                effect = self._effect
+                self.effects[key] = -self.score() if effect is None else effect(self.model)
             finally:
                 skip_blocks(self.model, ())
             self.save_search_checkpoint()
@@ -156,13 +174,14 @@ class DepthSearcher(BaseSearcher):
         key = " ".join(sorted(dropped))
         if key not in self.measured:
             with removed(self.model, dropped):
-                self.measured[key] = measure_cost(self.model, self.dummy_input, self.bounds.names)
+                self.measured[key] = measure_cost(self.model, self.dummy_input, self.full)
             self.save_search_checkpoint()
         return self.measured[key]
 
     def _measure_costs(self, names: tuple[str, ...]) -> None:
         """Measure the whole model, and it without each block; equal blocks cost the same."""
-        if not self.full:
+        if set(self.full) != set(names):
+            self.relief, self.measured = {}, {}
             self.full = measure_cost(self.model, self.dummy_input, names)
         known: dict[str, dict[str, float]] = {}
         for path, block in skippable_blocks(self.model).items():
