@@ -44,9 +44,13 @@ def has_config(model: nn.Module) -> bool:
 def replace_config(model: nn.Module) -> None:
     """Give a model a copy of its config, in all places that hold it, so that it can be edited.
 
-    Edits of the copy do not reach other models with the same config, nor a roll-back.
+    Edits of the copy do not reach other models with the same config, nor a roll-back. The first one
+    stays as ``model.unpruned_config``: whoever saves the model needs it, to build what a record is
+    restored onto.
     """
     memo: dict[int, Any] = {}
+    if not hasattr(model, "unpruned_config"):
+        model.unpruned_config = model.config
     copy.deepcopy(model.config, memo)
     for module in model.modules():
         for name, value in list(vars(module).items()):
