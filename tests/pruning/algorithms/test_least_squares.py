@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from modewright.pruning.algorithms.least_squares import removal_order, ridge, unit_costs
 
 
-def problem(seed: int, inputs: int = 8, outputs: int = 5, rows: int = 60) -> tuple[torch.Tensor, ...]:
+def problem(
+    seed: int, inputs: int = 8, outputs: int = 5, rows: int = 60
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(inputs, inputs, generator=generator) + torch.eye(inputs)
     x = torch.randn(rows, inputs, generator=generator) @ mixing
