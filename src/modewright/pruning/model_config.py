@@ -11,6 +11,7 @@ Nothing here imports transformers: a config is any object on ``model.config`` wi
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,31 +78,42 @@ def note_kept_blocks(model: nn.Module, kept: Mapping[str, KeptBlocks]) -> None:
 
 
 def set_entries(model: nn.Module, entries: Mapping[str, int]) -> None:
-    """Write widths into a model's config (``intermediate_size`` ...); what it lacks is left out."""
+    """Write numbers into a model's config (``intermediate_size`` ...)."""
     for key, value in entries.items():
-        if hasattr(model.config, key):
-            _set(model.config, key, value)
+        _set(model.config, key, value)
 
 
 def config_problem(model: nn.Module) -> str | None:
     """Build a model from the config; return what is wrong with that, ``None`` if nothing is."""
+    problem, built = _built_like(model)
+    if built is None:
+        return problem
+    built.load_state_dict(model.state_dict(), assign=True)
+    return _difference(model, built)
+
+
+def shapes_problem(model: nn.Module) -> str | None:
+    """Build a model from the config without weights; return which shape differs, if one does."""
+    return _built_like(model)[0]
+
+
+def _built_like(model: nn.Module) -> tuple[str | None, nn.Module | None]:
     try:
-        with parameters_on_meta():
+        with parameters_on_meta(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             built = type(model)(copy.deepcopy(model.config)).eval()
     except Exception as error:  # whatever a model's constructor does
-        return f"no {type(model).__name__} can be built from it: {type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        return f"no {type(model).__name__} can be built from it: {reason}", None
     own, other = (
         {name: tuple(tensor.shape) for name, tensor in m.state_dict().items()}
         for m in (model, built)
     )
     for name in [*own, *other]:
         if own.get(name) != other.get(name):
-            return (
-                f"{name} has the shape {own.get(name, 'none')} in the model and "
-                f"{other.get(name, 'none')} in one that is built from the config"
-            )
-    built.load_state_dict(model.state_dict(), assign=True)
-    return _difference(model, built)
+            has, makes = own.get(name, "none"), other.get(name, "none")
+            return f"{name} has the shape {has} in the model, the config makes {makes}", None
+    return None, built
 
 
 def _difference(model: nn.Module, built: nn.Module) -> str | None:
