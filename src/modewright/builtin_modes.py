@@ -11,9 +11,26 @@ from modewright.modes.registry import ModeRegistry, ModeRow
 
 ENTRY_POINT_GROUP = "modewright.modes"
 
+_PRUNING = "modewright.pruning.modes"
 _QUANTIZATION = "modewright.quantization.modes"
 
 BUILTIN_MODES: dict[str, ModeRow] = {
+    "fastnas": ModeRow(
+        f"{_PRUNING}:FastnasMode",
+        "Let widths be cut; a search scores each by itself and combines the best.",
+    ),
+    "gradnas": ModeRow(
+        f"{_PRUNING}:GradnasMode",
+        "Let widths be cut; a search takes the units that the loss feels least.",
+    ),
+    "autonas": ModeRow(
+        f"{_PRUNING}:AutonasMode",
+        "Let widths be cut; subnets that share weights are trained, then bred by evolution.",
+    ),
+    "export_prune": ModeRow(
+        f"{_PRUNING}:ExportPruneMode",
+        "Cut what was not chosen, for good; a plain smaller network is left.",
+    ),
     "rotate": ModeRow(
         f"{_QUANTIZATION}:RotateMode",
         "Rotate the residual stream of a transformer, so that no channel stands out.",

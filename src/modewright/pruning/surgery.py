@@ -83,7 +83,7 @@ def plan_cut(model: nn.Module, groups: Iterable[DimensionGroup], kept: Kept) -> 
             doomed[piece.tensor][piece.axis].append(piece.indices[gone].reshape(-1))
         for attribute in group.attributes:
             numbers[attribute.module][attribute.name] += attribute.per_unit * len(gone)
-        lists.update({path: units for path in group.modules})
+        lists.update(dict.fromkeys(group.modules, units))
     stay = {
         path: {axis: _others(removed, named[path].shape[axis]) for axis, removed in axes.items()}
         for path, axes in doomed.items()
