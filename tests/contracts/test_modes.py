@@ -56,6 +56,10 @@ UNSIGNED = {
     ]
 }
 REACH: dict[str, Reach] = {
+    "fastnas": Reach(configs={"defaults": None, "few": {"kinds": ["ffn"], "divisor": 2}}),
+    "gradnas": Reach(),
+    "autonas": Reach(),
+    "export_prune": Reach(before={mode: [mode] for mode in ("fastnas", "gradnas", "autonas")}),
     "rotate": Reach(
         configs={"defaults": None, "random": {"rotation": "orthogonal", "seed": 3}},
         calibrated=True,
