@@ -27,6 +27,14 @@ BUILTIN_MODES: dict[str, ModeRow] = {
         f"{_PRUNING}:AutonasMode",
         "Let widths be cut; subnets that share weights are trained, then bred by evolution.",
     ),
+    "depth": ModeRow(
+        "modewright.pruning.depth.mode:DepthMode",
+        "Let whole blocks be dropped; a search picks those whose loss matters least.",
+    ),
+    "minitron": ModeRow(
+        "modewright.pruning.minitron.mode:MinitronMode",
+        "Let heads, inner widths and blocks be cut, alike in all blocks; a search balances them.",
+    ),
     "export_prune": ModeRow(
         f"{_PRUNING}:ExportPruneMode",
         "Cut what was not chosen, for good; a plain smaller network is left.",
