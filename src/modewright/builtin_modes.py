@@ -99,6 +99,10 @@ BUILTIN_MODES: dict[str, ModeRow] = {
         f"{_QUANTIZATION}:LsqMode",
         "Learn all scales together from the original model's predictions.",
     ),
+    "auto_quantize": ModeRow(
+        "modewright.mixed_precision.modes:AutoQuantizeMode",
+        "Search a scheme for every group of layers, within budgets of bits, bytes or seconds.",
+    ),
     "export_quantize": ModeRow(
         f"{_QUANTIZATION}:ExportQuantizeMode",
         "Fold the quantized weights into plain layers and remove the quantizers.",

@@ -14,15 +14,8 @@ from torch import nn
 
 import modewright
 from modewright.cli import VERBS, main
+from support.command_line import run
 from support.language_models import save_tiny_llama, tiny_recipe, write_text
-
-
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    shown = capsys.readouterr()
-    code = ended.value.code
-    return (code if isinstance(code, int) else -1), shown.out, shown.err
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from modewright.errors import ModewrightError, did_you_mean
 
 VERBS: dict[str, str] = {
     "optimize": "Optimize a model by a recipe; prove and measure what comes out.",
+    "search": "Search what a mode opens, within constraints.",
     "bench": "Measure how fast and how large a model is, beside its original.",
     "inspect": "Say what a checkpoint holds.",
     "verify": "Check every byte of a checkpoint.",

@@ -45,6 +45,7 @@ def command(
     from rich.console import Console
 
     from modewright.reports.progress import ProgressDisplay
+    from modewright.reports.search import search_tables
     from modewright.reports.terminal import result_table
     from modewright.run.optimize import dry_run as plan_run
     from modewright.run.optimize import optimize
@@ -66,7 +67,7 @@ def command(
         click.echo(json.dumps(result.to_dict(), indent=2))
         return 0 if result.ok else 1
     console = Console()
-    console.print(result_table(result))
+    console.print(*search_tables(result), result_table(result), sep="\n")
     written = "Nothing was written: --output names a folder to keep the model in."
     written = written if output is None else f"Written to {output}"
     console.print(written, highlight=False, soft_wrap=True)

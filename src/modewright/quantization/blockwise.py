@@ -115,11 +115,22 @@ def _progress(
     return BlockProgress(Path(folder), digest.hexdigest())
 
 
-def walking_precision(model: nn.Module, calibration: object, precision: Precision) -> Precision:
+def walking_precision(
+    model: nn.Module,
+    calibration: object,
+    precision: Precision,
+    trial: Callable[[], object] | None = None,
+) -> Precision:
     """Return in which precision to run a network that a pass looks at.
 
     ``"auto"`` is bfloat16 where that is faster and works, if all weights have four bits or less:
     what is lost by rounding them is then far more than what bfloat16 products lose.
+
+    Args:
+        model: The network.
+        calibration: What it is run on.
+        precision: What was asked for.
+        trial: Runs the network to see whether bfloat16 works; by default on the first batch.
     """
     quantizers = [
         q for layer in quantized_layers(model).values() for q in (layer.weight_quantizer,)
@@ -130,7 +141,8 @@ def walking_precision(model: nn.Module, calibration: object, precision: Precisio
     if not coarse or not isinstance(calibration, Sequence) or not calibration:
         return "float32"
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return usable_precision(lambda: run_batch(model, calibration[0]), device, precision)
+    trial = trial or (lambda: run_batch(model, calibration[0]))
+    return usable_precision(trial, device, precision)
 
 
 @dataclass(frozen=True)

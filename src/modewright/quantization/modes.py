@@ -327,7 +327,7 @@ class CompressMode(ModeDescriptor[CompressConfig]):
     technique = "quantization"
     config_class = CompressConfig
     is_export_mode = True
-    closes = frozenset({"quantize"})
+    closes = frozenset({"quantize", "auto_quantize"})
     export_mode = "decompress"
     requires = frozenset({Trait.FAKE_QUANTIZED})
     removes = frozenset({Trait.FAKE_QUANTIZED, Trait.CALIBRATED})

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 from modewright.errors import ConfigError, did_you_mean
 from modewright.quantization.representation import FormatName, QuantizerConfig, SchemeConfig
 
@@ -96,17 +98,41 @@ SCHEMES: dict[str, SchemeConfig] = {
 NO_SCHEME = "none"
 
 
+_WRITTEN_OUT = re.compile(r"w([2-8])a(8|16)(?:_g([1-9]\d*)|_(channel))?(_asym)?")
+
+
 def scheme(name: str) -> SchemeConfig | None:
-    """Return a named scheme; ``None`` for ``"none"``.
+    """Return a scheme by its name; ``None`` for ``"none"``.
+
+    Besides those of the table a name may say the integers of a scheme: ``w5a16_g32_asym`` has 5-bit
+    weights with zero points in groups of 32 (``channel`` instead of ``g32``: one scale for an
+    output channel; neither: groups of 64, channels for 8 bits) and activations as they are, ``a8``
+    int8 activations per token.
 
     Raises:
         ConfigError: There is no such scheme.
     """
     if name == NO_SCHEME:
         return None
-    if name not in SCHEMES:
+    if name in SCHEMES:
+        return SCHEMES[name]
+    written = _WRITTEN_OUT.fullmatch(name)
+    if written is None:
         raise ConfigError(
             f"There is no scheme {name!r}.{did_you_mean(name, SCHEMES)} "
-            f"Known: {', '.join(SCHEMES)}, none."
+            f"Known: {', '.join(SCHEMES)}, none, and integers such as w5a16_g32_asym."
         )
-    return SCHEMES[name]
+    return _integers(*written.groups())
+
+
+def _integers(
+    bits: str, inputs: str, group: str | None, channel: str | None, asym: str | None
+) -> SchemeConfig:
+    whole_channel = channel or (bits == "8" and group is None)
+    weights = QuantizerConfig(
+        num_bits=int(bits),
+        symmetric=asym is None,
+        granularity="channel" if whole_channel else "group",
+        group_size=None if whole_channel else int(group or 64),
+    )
+    return SchemeConfig(weights=weights, input_activations=_TOKEN_INT8 if inputs == "8" else None)

@@ -44,12 +44,9 @@ def packed_bytes(model: nn.Module, layers: Mapping[str, Any]) -> int:
         kind = layer_kind(module)
         if kind is None or isinstance(module, PackedLayer):
             continue
-        for name in kind.parameter_names(module) if weights is not None else ():
-            parameter = cast(nn.Parameter, module._parameters[name])
-            empty = torch.empty_like(parameter, device="meta")
-            shape = kind.arranged(module, name, empty).shape
-            packed = _packed_bits(cast(QuantizerConfig, weights), shape, kind.channel_axis)
-            bits[id(parameter)] = packed
+        scheme = SchemeConfig(weights=weights)
+        for name, packed in (layer_bits(module, scheme) if weights is not None else {}).items():
+            bits[id(module._parameters[name])] = packed
         for name in TRANSFORM_BUFFERS if isinstance(module, QuantizedLayer) else ():
             buffer = module._buffers.get(name)
             if buffer is not None:
@@ -57,7 +54,27 @@ def packed_bytes(model: nn.Module, layers: Mapping[str, Any]) -> int:
     return sum(bits.values()) // 8
 
 
-def _packed_bits(config: QuantizerConfig, shape: torch.Size, channel_axis: int) -> int:
+def layer_bits(module: nn.Module, scheme: SchemeConfig | None) -> dict[str, int]:
+    """Return by name the bits of a layer's parameters that can be quantized, under a scheme.
+
+    Args:
+        module: A layer that can be quantized.
+        scheme: What it would get; ``None`` to leave it as it is.
+    """
+    kind = layer_kind(module)
+    found: dict[str, int] = {}
+    for name in () if kind is None else kind.parameter_names(module):
+        parameter = cast(nn.Parameter, module._parameters[name])
+        if kind is None or scheme is None or scheme.weights is None:
+            found[name] = parameter.numel() * parameter.element_size() * 8
+            continue
+        empty = torch.empty_like(parameter, device="meta")
+        shape = kind.arranged(module, name, empty).shape
+        found[name] = tensor_bits(scheme.weights, shape, kind.channel_axis)
+    return found
+
+
+def tensor_bits(config: QuantizerConfig, shape: torch.Size, channel_axis: int) -> int:
     """Return the bits of codes, scales and zero points of one tensor."""
     grouping = Grouping(config.granularity, config.group_size, channel_axis, config.block_size)
     rows, groups = grouping.scale_shape(shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checking what a recipe says of modes, before anything is loaded: names and configs."""
+"""Checking what a recipe says of modes, before anything is loaded: names, configs, searches."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from modewright.errors import ConfigError, ModewrightError
 from modewright.modes.config import build_config
+from modewright.modes.constraints import Constraints
 from modewright.modes.registry import ModeRegistry
-from modewright.recipes.schema import Recipe, RecipeStep
+from modewright.modes.searcher import CALLER_OPTIONS, BaseSearcher
+from modewright.recipes.schema import Recipe, RecipeStep, SearchPart
 
 
 def check_steps(recipe: Recipe, registry: ModeRegistry) -> None:
@@ -34,6 +36,20 @@ def _check(
             config_class = registry[step.mode].config_class
             member = "config"
             build_config(config_class, step.config, where=where)
+            if step.search is not None:
+                member = "search"
+                _check_search(registry[step.mode].search_algorithm(), step.search)
         except ModewrightError as error:
             raise ConfigError(f"{recipe.place(*here, member)}: {error}") from error
         _check(recipe, step.fallback, (*here, "fallback"), registry)
+
+
+def _check_search(searcher: BaseSearcher, search: SearchPart) -> None:
+    Constraints.parse(search.constraints, search.constraints)  # which ones exist it says later
+    brought = [name for name in CALLER_OPTIONS if name in search.options]
+    if brought:
+        raise ConfigError(
+            f"options of a search cannot hold {', '.join(brought)}: a run brings its own. A path "
+            "to keep progress in is `checkpoint` beside `options`."
+        )
+    searcher.sanitize_search_config(search.options)

@@ -42,11 +42,38 @@ class TextData(_Part):
         return value
 
 
+class SearchPart(_Part):
+    """The search of what a mode opens."""
+
+    constraints: dict[str, float | str] = Field(
+        min_length=1,
+        description="Upper bounds, absolute or relative to the whole model: 'flops: 60%', "
+        "'effective_bits: 4.5'; which ones there are depends on the mode.",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Further options of the mode's searcher."
+    )
+    checkpoint: str | None = Field(
+        default=None,
+        description="A file to keep what was found in, for other searches too; beside the output, "
+        "until that is written, if left out.",
+    )
+    input_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of the input that costs are measured on; a window of calibration data "
+        "if left out.",
+    )
+
+
 class RecipeStep(_Part):
-    """One mode, and what to do if it fails; a mode without either may be written as its name."""
+    """One mode, and what to do if it fails; a mode without more may be written as its name."""
 
     mode: str = Field(description="Name of the mode.")
     config: dict[str, Any] = Field(default_factory=dict, description="The mode's config.")
+    search: SearchPart | None = Field(
+        default=None, description="How to search what the mode opens, if it has a search."
+    )
     fallback: tuple[RecipeStep, ...] = Field(
         default=(), description="Modes to apply instead if this one cannot be applied."
     )

@@ -12,11 +12,10 @@ from pydantic import BaseModel
 from rich.markup import escape
 from rich.table import Table
 
-from modewright.errors import SearchError
+from modewright.modes.descriptor import ModeDescriptor
 from modewright.modes.traits import trait_names
 
 if TYPE_CHECKING:
-    from modewright.modes.descriptor import ModeDescriptor
     from modewright.modes.registry import ModeRegistry
     from modewright.recipes.schema import Recipe
 
@@ -78,10 +77,8 @@ def recipes_table(recipes: Sequence[Recipe]) -> Table:
 
 
 def _has_search(mode: ModeDescriptor[Any]) -> bool:
-    try:
-        return mode.search_algorithm is not None
-    except SearchError:
-        return False
+    """Whether a mode defines a search; the searcher itself, which needs torch, is not loaded."""
+    return type(mode).search_algorithm is not ModeDescriptor.search_algorithm
 
 
 def _fields(cls: type[BaseModel]) -> list[dict[str, str]]:

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from modewright.modes.constraints import Constraints
 from modewright.modes.planning import Plan, plan
 from modewright.modes.registry import ModeRegistry
+from modewright.modes.search import is_open
 from modewright.recipes.schema import RecipeStep
 
 Pairs = list[tuple[str, dict[str, Any]]]
@@ -37,6 +39,11 @@ def _chosen(
     pairs = list(before)
     notes: dict[int, tuple[str, ...]] = {}
     for step in steps:
+        if step.search is not None:
+            if not pairs and is_open(model, step.mode):
+                continue  # what is open is searched again
+            bounds = Constraints.parse(step.search.constraints, step.search.constraints)
+            notes[len(pairs)] = (f"search: {bounds}",)
         pair = (step.mode, step.config)
         problem = None
         if step.fallback:

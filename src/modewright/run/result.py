@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from modewright.evaluation.language import LanguageQuality
+from modewright.modes.search import SearchResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,8 @@ class Result:
         skipped: What modes left alone, and why.
         checks: The recipe's demands.
         calibration: Fingerprint of the calibration data; ``None`` if no mode used any.
+        searches: What searches found, in order; those of an earlier run that this one went on from
+            are not among them.
     """
 
     model: nn.Module = field(repr=False)
@@ -99,6 +102,7 @@ class Result:
     skipped: tuple[Skipped, ...]
     checks: tuple[Check, ...]
     calibration: str | None
+    searches: tuple[SearchResult, ...] = ()
 
     @property
     def loss_increase(self) -> float | None:
@@ -115,6 +119,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return all of it but the model, as JSON data."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "model"}
+        data["searches"] = [found.to_dict() for found in self.searches]
         data["output"] = None if self.output is None else str(self.output)
         for name in ("steps", "skipped"):
             data[name] = [asdict(item) for item in data[name]]

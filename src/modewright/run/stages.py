@@ -27,6 +27,7 @@ from modewright.modes.apply import apply_mode
 from modewright.modes.checkpoint import inspect, restore, save
 from modewright.modes.codec import dumps
 from modewright.modes.registry import ModeRegistry
+from modewright.modes.search import SearchResult
 from modewright.modes.state import ModeState, note_fallback, state_of
 from modewright.quantization.modes import CalibratingMode
 from modewright.quantization.size import packed_bytes
@@ -36,6 +37,7 @@ from modewright.run.fresh_restore import device_of, fresh_logits, logits_of
 from modewright.run.metering import Meter
 from modewright.run.progress import Progress
 from modewright.run.result import Check, Result, Skipped, StepResult
+from modewright.run.searching import search_step
 from modewright.run.subject import Subject, open_subject
 
 OnProgress = Callable[[str, int, "int | None"], None]
@@ -50,6 +52,7 @@ class Run:
     registry: ModeRegistry
     on_progress: OnProgress
     steps: list[StepResult] = field(default_factory=list)
+    searches: list[SearchResult] = field(default_factory=list)
 
     def timed(self, name: str) -> _Timed:
         """Return a context that adds a part to the run's steps."""
@@ -218,6 +221,7 @@ class Run:
             source=subject.source,
             output=output,
             steps=tuple(self.steps),
+            searches=tuple(self.searches),
             size_before=size_before,
             size_after=inspect(model).bytes,
             packed_size=_packed_size(model),
@@ -244,9 +248,23 @@ class Run:
                 kwargs["checkpoint"] = blocks / step.mode
         try:
             with self.timed(step.mode):
-                return apply_mode(
-                    model, (step.mode, step.config), registry=self.registry, mode_kwargs=kwargs
+                if step.search is None:
+                    return apply_mode(
+                        model, (step.mode, step.config), registry=self.registry, mode_kwargs=kwargs
+                    )
+                batches = None if data.calibration is None else data.calibration.for_mode()
+                found = search_step(
+                    model,
+                    step,
+                    step.search,
+                    self.registry,
+                    calibration=batches,
+                    mode_kwargs=kwargs,
+                    folder=blocks,
+                    on_trial=self._on(step.mode),
                 )
+                self.searches.append(found)
+                return found.model
         except ModewrightError as error:
             if not step.fallback:
                 raise
@@ -259,7 +277,8 @@ class Run:
 
     def _uses_calibration(self, steps: Sequence[RecipeStep]) -> bool:
         return any(
-            (step.mode in self.registry and self.registry[step.mode].uses_calibration)
+            step.search is not None
+            or (step.mode in self.registry and self.registry[step.mode].uses_calibration)
             or self._uses_calibration(step.fallback)
             for step in steps
         )
@@ -286,8 +305,8 @@ class _Timed:
 
 def _packed_size(model: nn.Module) -> int | None:
     """Return the size with quantized weights packed, if the log says that some are."""
-    for record in reversed((state_of(model) or ModeState()).records):
-        if record.name == "quantize":
+    for record in reversed((state_of(model) or ModeState()).for_saving(model).records):
+        if record.name in ("quantize", "auto_quantize"):
             return packed_bytes(model, record.metadata["layers"])
     return None
 

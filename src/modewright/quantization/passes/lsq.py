@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from modewright.calibration.forward import evaluating, run_batch
+from modewright.calibration.outputs import main_output
 from modewright.errors import DataError
 from modewright.quantization.blockwise import OnBlock, as_original
 from modewright.quantization.config import LsqConfig
@@ -190,8 +191,8 @@ def _distance(model: nn.Module, batch: object, config: LsqConfig) -> torch.Tenso
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with automatic_precision(device, config.precision):
         with torch.no_grad(), as_original(model):
-            wanted, are_logits = _output(run_batch(model, batch))
-        got, _ = _output(run_batch(model, batch))
+            wanted, are_logits = main_output(run_batch(model, batch), "mode 'lsq'")
+        got, _ = main_output(run_batch(model, batch), "mode 'lsq'")
     wanted, got = wanted.detach().float(), got.float()
     if config.loss == "kl" or (config.loss == "auto" and are_logits):
         return F.kl_div(
@@ -201,22 +202,6 @@ def _distance(model: nn.Module, batch: object, config: LsqConfig) -> torch.Tenso
             log_target=True,
         )
     return F.mse_loss(got, wanted) / wanted.var().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _output(output: Any) -> tuple[torch.Tensor, bool]:
-    """Return the tensor that outputs are compared by, and whether it holds logits."""
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, torch.Tensor):
-        return logits, True
-    first = getattr(output, "last_hidden_state", output)
-    while isinstance(first, (tuple, list)) and first:
-        first = first[0]
-    if not isinstance(first, torch.Tensor):
-        raise DataError(
-            f"mode 'lsq' compares outputs; a {type(output).__name__} holds no tensor that it knows "
-            "(`logits`, `last_hidden_state`, or the first of a tuple)."
-        )
-    return first, False
 
 
 def _batches(calibration: object) -> Sequence[object]:

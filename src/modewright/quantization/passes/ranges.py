@@ -41,7 +41,6 @@ from modewright.quantization.passes.records import (
     set_max_scale,
     settle_shared,
 )
-from modewright.quantization.precision import automatic_precision
 from modewright.quantization.quantizer import Quantizer
 
 Metadata = dict[str, Any]
@@ -102,11 +101,7 @@ def mse(model: nn.Module, config: MseConfig, **data: Any) -> tuple[nn.Module, Me
         importance = _importance(model, data["calibration"], config.max_row_norm)
 
     def weight_scale(path: str, layer: QuantizedLayer, parameter: str) -> None:
-        weights = None
-        if path in importance and parameter == "weight":
-            matrix = layer.weight_matrix(layer.to_quantize(parameter).detach())
-            weights = layer.from_matrix(importance[path].expand_as(matrix))
-        _set_searched(layer, parameter, mse_scale, importance=weights)
+        search_scale(layer, parameter, importance.get(path) if parameter == "weight" else None)
 
     choice = _Choice(HistogramObserver, range_of, weight_scale)
     return _calibrate(model, config, choice, **data)
@@ -120,6 +115,24 @@ def hqq(model: nn.Module, config: HqqConfig, **data: Any) -> tuple[nn.Module, Me
 
     choice = _Choice(RangeObserver, lambda seen, fmt: seen.range, weight_scale)
     return _calibrate(model, config, choice, **data)
+
+
+def search_scale(
+    layer: QuantizedLayer, parameter: str, importance: torch.Tensor | None = None
+) -> None:
+    """Set the scales of one parameter to those with the least squared error.
+
+    Args:
+        layer: The layer.
+        parameter: The parameter's name.
+        importance: How much the error of a weight counts by the input that it multiplies, ``[in]``;
+            only for a layer that multiplies rows by its weight.
+    """
+    weights = None
+    if importance is not None:
+        matrix = layer.weight_matrix(layer.to_quantize(parameter).detach())
+        weights = layer.from_matrix(importance.expand_as(matrix))
+    _set_searched(layer, parameter, mse_scale, importance=weights)
 
 
 def _set_searched(
@@ -239,11 +252,14 @@ def _importance(
 
         return hook
 
+    def gather() -> None:
+        squares.clear()
+        run_calibration(model, calibration)
+
     with ExitStack() as hooks:
         for name, layer in quantized_layers(model).items():
             if layer.weight_quantizer is not None:
                 hooks.callback(layer.register_forward_pre_hook(watch(name, layer)).remove)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        with automatic_precision(device, walking_precision(model, calibration, "auto")):
-            run_calibration(model, calibration)
+        if walking_precision(model, calibration, "auto", gather) == "float32":
+            gather()
     return {n: s.value / s.value.mean() for n, s in squares.items() if s.value is not None}

@@ -57,6 +57,7 @@ STREAMED: Mapping[str, NeedsData] = {
 }
 _WHY_NOT = {
     "rotate": "it turns the stream that all blocks read and write",
+    "auto_quantize": "it weighs all layers against one another",
     "lsq": "it learns the scales of all blocks together",
     "decompress": "it begins with a packed model, which fits in memory",
 }
