@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,17 @@ def tracking_norms(model: nn.Module) -> list[Any]:
     ]
 
 
-def recalibrate_norms(model: nn.Module, batches: Sequence[Any]) -> None:
+def recalibrate_norms(
+    model: nn.Module,
+    batches: Sequence[Any],
+    run: Callable[[nn.Module, Any], object] = run_batch,
+) -> None:
     """Gather the statistics of batch norms anew; buffers are replaced, not written into.
 
     Args:
         model: The network. Train flags are put back.
         batches: What it is run on; every batch counts the same.
+        run: Runs the network on one batch.
     """
     norms = tracking_norms(model)
     if not norms or not batches:
@@ -42,7 +47,7 @@ def recalibrate_norms(model: nn.Module, batches: Sequence[Any]) -> None:
             norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
         with torch.no_grad():
             for batch in batches:
-                run_batch(model, batch)
+                run(model, batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

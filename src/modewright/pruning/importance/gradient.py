@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from modewright.calibration.calls import first_tensor
 from modewright.calibration.forward import evaluating, run_batch
@@ -34,7 +35,8 @@ def gradients(
     Args:
         model: The network; it is run in eval mode, gradients that it holds are left alone.
         groups: The groups.
-        batches: What it is run on. Smaller batches give a better estimate.
+        batches: What it is run on. The fewer samples are in one, the better the estimate, see
+            :func:`single_samples`.
         loss_func: Called with the model and a batch; by default the loss of labels that are drawn
             from the network's own predictions, which needs none and gives the true Fisher matrix.
 
@@ -68,6 +70,29 @@ def gradients(
             "Importance by gradient needs data: pass calibration=batches. There were none."
         )
     return {name: sums / seen for name, sums in total.items()}
+
+
+def single_samples(batches: Iterable[Any], count: int) -> list[Any]:
+    """Return at most ``count`` batches of one sample each, cut out of larger ones.
+
+    Args:
+        batches: Tensors, or tuples, lists or dicts of tensors with the same first dimension; what
+            has another form stays as it is.
+        count: How many at most.
+    """
+    found: list[Any] = []
+    for batch in batches:
+        leaves, shape = tree_flatten(batch)
+        lengths = {len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim}
+        if len(lengths) != 1:
+            found.append(batch)
+            continue
+        for i in range(lengths.pop()):
+            cut = [x[i : i + 1] if isinstance(x, torch.Tensor) and x.ndim else x for x in leaves]
+            found.append(tree_unflatten(cut, shape))
+            if len(found) == count:
+                return found
+    return found[:count]
 
 
 def gates(group: DimensionGroup) -> tuple[Slice, ...]:

@@ -16,7 +16,8 @@ import torch
 
 from modewright.modes.model_like import all_modules
 from modewright.modes.snapshot import Snapshot
-from modewright.pruning.importance.gradient import gradients
+from modewright.pruning.effect import some_batches
+from modewright.pruning.importance.gradient import gradients, single_samples
 from modewright.pruning.surgery import silence
 from modewright.pruning.width.choices import Choice
 from modewright.pruning.width.searcher import WidthSearcher, refilled
@@ -41,10 +42,10 @@ class GradnasSearcher(WidthSearcher):
     def default_search_config(self) -> dict[str, Any]:
         """See the base class.
 
-        ``rounds``: in how many steps units are cut. ``gradient_batches``: on how many calibration
-        batches importance is estimated.
+        ``rounds``: in how many steps units are cut. ``gradient_samples``: on how many samples out
+        of the calibration batches importance is estimated, one by one.
         """
-        return {**super().default_search_config, "rounds": 4, "gradient_batches": 64}
+        return {**super().default_search_config, "rounds": 4, "gradient_samples": 256}
 
     @property
     def default_state_dict(self) -> dict[str, Any]:
@@ -77,8 +78,7 @@ class GradnasSearcher(WidthSearcher):
         snapshot = Snapshot(all_modules(self.model))
         try:
             silence(self.model, self.groups, self.now)
-            batches = self._some("gradient_batches") if self.config["calibration"] else []
-            found = gradients(self.model, self.groups, batches, self.config["loss_func"])
+            found = gradients(self.model, self.groups, self._samples(), self.config["loss_func"])
         finally:
             snapshot.roll_back()
         for name, values in found.items():
@@ -86,6 +86,11 @@ class GradnasSearcher(WidthSearcher):
             gone[self.now[name]] = False
             values[gone] = -1.0
         return found
+
+    def _samples(self) -> list[Any]:
+        count = int(self.config["gradient_samples"])
+        given = self.config["calibration"]
+        return single_samples(some_batches(given, count), count)
 
     def _top(self, name: str, width: int) -> list[int]:
         order = self.importance[name].argsort(descending=True, stable=True)

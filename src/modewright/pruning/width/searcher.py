@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from modewright.calibration.forward import run_batch
 from modewright.errors import DataError
 from modewright.evaluation.cost import COST_NAMES
 from modewright.modes.constraints import Constraints
@@ -126,7 +127,8 @@ class WidthSearcher(BaseSearcher):
     def trial(self, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
         """Let the network be a subnet for a while, with its norms' statistics gathered anew."""
         with trial_cut(self.model, plan_cut(self.model, self.groups, kept)):
-            recalibrate_norms(self.model, self._norm_batches())
+            run = self.config["loss_func"] or run_batch  # which knows what of a batch is a label
+            recalibrate_norms(self.model, self._norm_batches(), run)
             yield
 
     def measure(self) -> float:
