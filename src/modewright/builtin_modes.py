@@ -35,6 +35,10 @@ BUILTIN_MODES: dict[str, ModeRow] = {
         "modewright.pruning.minitron.mode:MinitronMode",
         "Let heads, inner widths and blocks be cut, alike in all blocks; a search balances them.",
     ),
+    "refit": ModeRow(
+        "modewright.pruning.refit.mode:RefitMode",
+        "Solve what writes to the residual stream anew, so that pruning changes the stream least.",
+    ),
     "export_prune": ModeRow(
         f"{_PRUNING}:ExportPruneMode",
         "Cut what was not chosen, for good; a plain smaller network is left.",

@@ -34,9 +34,7 @@ class DepthMode(ModeDescriptor[DepthConfig]):
     config_class = DepthConfig
     export_mode = "export_prune"
     provides = frozenset({Trait.SEARCH_SPACE})
-    forbids = frozenset(
-        {Trait.SEARCH_SPACE, Trait.FAKE_QUANTIZED, Trait.PACKED, Trait.HAS_TEACHER}
-    )
+    forbids = frozenset({Trait.SEARCH_SPACE, Trait.FAKE_QUANTIZED, Trait.PACKED, Trait.HAS_TEACHER})
     writes_in_place = False
 
     @property
