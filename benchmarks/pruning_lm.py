@@ -135,7 +135,7 @@ def mean_activation(task: Task) -> None:
     named = {f"{n}.mlp.down_proj": m.mlp.down_proj for n, m in _blocks(task.model)}
     handles = [m.register_forward_pre_hook(gather(path)) for path, m in named.items()]
     with torch.no_grad():
-        for batch in task.calibration:
+        for batch in task.calibration[:16]:
             run_batch(task.model, batch)
     for handle in handles:
         handle.remove()

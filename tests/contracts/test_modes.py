@@ -59,7 +59,18 @@ REACH: dict[str, Reach] = {
     "fastnas": Reach(configs={"defaults": None, "few": {"kinds": ["ffn"], "divisor": 2}}),
     "gradnas": Reach(),
     "autonas": Reach(),
-    "export_prune": Reach(before={mode: [mode] for mode in ("fastnas", "gradnas", "autonas")}),
+    "depth": Reach(families=(MLP, STREAM)),
+    "minitron": Reach(
+        configs={"defaults": None, "width alone": {"depth": False}}, families=(MLP, STREAM)
+    ),
+    "refit": Reach(
+        before={"depth": ["depth"], "minitron": ["minitron"]},
+        calibrated=True,
+        families=(MLP, STREAM),
+    ),
+    "export_prune": Reach(
+        before={mode: [mode] for mode in ("fastnas", "gradnas", "autonas", "minitron")}
+    ),
     "rotate": Reach(
         configs={"defaults": None, "random": {"rotation": "orthogonal", "seed": 3}},
         calibrated=True,

@@ -3,7 +3,7 @@
 
 Entries are proposed by their names and values (``intermediate_size`` is a length that was cut, a
 number of heads goes down by the same part as a length did) and tried: the right ones are those from
-which a model with the shapes of the cut one is built.
+which a model with the shapes of the cut one is built that computes the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modewright.pruning.model_config import set_entries, shapes_problem
+from modewright.pruning.model_config import config_problem, set_entries, shapes_problem
 
 Entries = dict[str, Any]
 Lengths = frozenset[tuple[int, int]]
@@ -49,21 +49,26 @@ def find_entries(model: nn.Module, lengths: Lengths) -> Entries | None:
         lengths: What :func:`cut_lengths` returned.
 
     Returns:
-        The new entries, empty if the config is right already; ``None`` if none are right, for
-        example because widths differ between blocks and the config has one number for all.
+        The new entries, empty if the config is right already; those that give the right shapes if
+        none make a model that computes the same; ``None`` if there are none, for example because
+        widths differ between blocks and the config has one number for all.
     """
-    if shapes_problem(model) is None:
+    if config_problem(model) is None:
         return {}
+    fitting: list[Entries] = []
     before = dict(vars(model.config))
     for entries in _proposals({k: v for k, v in before.items() if k[0] != "_"}, lengths):
         set_entries(model, entries)
         try:
-            if shapes_problem(model) is None:
+            if shapes_problem(model) is not None:
+                continue
+            if config_problem(model) is None:
                 return entries
+            fitting.append(entries)
         finally:
             model.config.__dict__.clear()
             model.config.__dict__.update(before)
-    return None
+    return fitting[0] if fitting else None
 
 
 def _proposals(config: Mapping[str, Any], lengths: Lengths) -> Iterator[Entries]:
@@ -117,7 +122,8 @@ def _counts_named(config: Mapping[str, Any], lengths: Lengths) -> list[Entries]:
 
 def _head_dim(config: Mapping[str, Any], entries: Entries) -> Entries:
     """Return the width of a head, which must be said once it no longer follows from the others."""
-    if config.get("head_dim") is not None:
+    follows = any(_HIDDEN.search(key) or _HEADS.search(key) for key in entries)
+    if not follows or config.get("head_dim") is not None:
         return {}
     hidden = next((v for k, v in config.items() if _HIDDEN.search(k) and type(v) is int), None)
     heads = [v for k, v in config.items() if _HEADS.search(k) and type(v) is int and v > 0]

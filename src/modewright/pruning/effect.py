@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,23 @@ class Effect:
         if getattr(output, "logits", None) is None:
             return float((now - reference).square().mean() / reference.square().mean())
         return float((reference.exp() * (reference - now)).sum(-1).mean())
+
+
+def mean_loss(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_func: Callable[[nn.Module, Any], torch.Tensor],
+) -> float:
+    """Return the mean of a loss over batches, in eval mode.
+
+    Raises:
+        DataError: There are no batches.
+    """
+    if not batches:
+        raise DataError("A search by loss needs data: pass calibration=batches.")
+    with torch.no_grad(), evaluating(model):
+        losses = [float(loss_func(model, batch)) for batch in batches]
+    return sum(losses) / len(losses)
 
 
 def some_batches(calibration: object, count: int) -> list[Any]:

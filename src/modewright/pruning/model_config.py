@@ -55,7 +55,7 @@ def replace_config(model: nn.Module) -> None:
     copy.deepcopy(model.config, memo)
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if name.endswith("config") and id(value) in memo:
+            if name.endswith("config") and name != "unpruned_config" and id(value) in memo:
                 setattr(module, name, memo[id(value)])
 
 
@@ -123,11 +123,12 @@ def _difference(model: nn.Module, built: nn.Module) -> str | None:
     if not isinstance(vocabulary, int) or device.type == "meta":
         return None  # not a language model, or no weights: the shapes are all that can be compared
     tokens = (torch.arange(12, device=device) * 7919 % vocabulary)[None]
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with torch.no_grad():
-            own, other = (m(input_ids=tokens).logits.float() for m in (model, built.to(device)))
+            own, other = (m(**batch).logits.float() for m in (model, built.to(device)))
     finally:
         for module, flag in flags:
             module.training = flag

@@ -214,6 +214,9 @@ def follow_shapes(module: Any, before: Mapping[str, tuple[int, ...]]) -> None:
         module: The layer, its tensors already cut.
         before: The shapes that its parameters had.
     """
+    if isinstance(module, nn.modules.batchnorm._NormBase):  # some have no parameters
+        kept = module.weight if module.weight is not None else module.running_mean
+        module.num_features = module.num_features if kept is None else len(kept)
     weight = module._parameters.get("weight")
     if weight is None or tuple(weight.shape) == before.get("weight"):
         return
@@ -221,8 +224,6 @@ def follow_shapes(module: Any, before: Mapping[str, tuple[int, ...]]) -> None:
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd):
         _follow_convolution(module, weight, before["weight"])
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        module.num_features = len(weight)
     elif isinstance(module, nn.GroupNorm):
         if module.num_groups == module.num_channels:
             module.num_groups = len(weight)

@@ -12,8 +12,11 @@ from modewright.modes.descriptor import Metadata, ModeDescriptor
 from modewright.modes.traits import Trait
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
+    from modewright.calibration.forward import OnBatch
     from modewright.modes.searcher import BaseSearcher
 
 
@@ -44,8 +47,18 @@ class DepthMode(ModeDescriptor[DepthConfig]):
 
         return DepthSearcher
 
-    def convert(self, model: nn.Module, config: DepthConfig) -> tuple[nn.Module, Metadata]:
+    def convert(
+        self,
+        model: nn.Module,
+        config: DepthConfig,
+        *,
+        calibration: object = None,
+        on_batch: OnBatch | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> tuple[nn.Module, Metadata]:
         """Make blocks skippable; the metadata lists them, and why others are not.
+
+        Keywords are not needed; they are accepted so that one ``mode_kwargs`` fits all.
 
         Raises:
             MatchError: A pattern matches no block, or no block is left.

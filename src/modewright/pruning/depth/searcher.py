@@ -10,9 +10,12 @@ Minoux 1978). This takes a few runs a round instead of one for every block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from modewright.errors import SearchError
+from torch import nn
+
+from modewright.errors import ConfigError, SearchError
 from modewright.evaluation.cost import COST_NAMES, measure_cost
 from modewright.modes.constraints import Constraints
 from modewright.modes.searcher import BaseSearcher
@@ -22,7 +25,9 @@ from modewright.pruning.depth.blocks import (
     skip_blocks,
     skippable_blocks,
 )
-from modewright.pruning.effect import Effect, some_batches
+from modewright.pruning.effect import Effect, mean_loss, some_batches
+
+_MEASURES = ("divergence", "loss")
 
 
 class DepthSearcher(BaseSearcher):
@@ -45,16 +50,19 @@ class DepthSearcher(BaseSearcher):
     relief: dict[str, dict[str, float]]
     full: dict[str, float]
     measured: dict[str, dict[str, float]]
+    _effect: Callable[[nn.Module], float]
 
     @property
     def default_search_config(self) -> dict[str, Any]:
         """See the base class.
 
-        ``batches``: on how many calibration batches effects are measured, if no ``score_func`` or
-        ``loss_func`` is given. ``retries``: how many of the blocks that looked best are tried again
-        in a round, at least.
+        ``batches``: on how many calibration batches effects are measured. ``measure``: what an
+        effect is, unless there is a ``score_func``: ``"divergence"`` of the outputs from those of
+        the whole network, or ``"loss"``, the mean of ``loss_func``. ``retries``: how many of the
+        blocks that looked best are tried again in a round, at least.
         """
-        return {**super().default_search_config, "batches": 8, "retries": 3}
+        own = {"batches": 8, "measure": "divergence", "retries": 3}
+        return {**super().default_search_config, **own}
 
     @property
     def default_state_dict(self) -> dict[str, Any]:
@@ -67,12 +75,7 @@ class DepthSearcher(BaseSearcher):
         names = Constraints.parse(self.constraints, COST_NAMES).names
         self._measure_costs(names)
         self.bound(self.full, self._smallest(), names=COST_NAMES)
-        batches = some_batches(self.config["calibration"], self.config["batches"])
-        scored = self.config["score_func"] is not None or self.config["loss_func"] is not None
-        with noting_parts(self.model):
-            self._effect = None if scored else Effect(self.model, batches)
-            if scored:
-                self.score()
+        self._prepare_effect()
 
     def run_search(self) -> None:
         """Drop blocks until the constraints hold."""
@@ -93,6 +96,27 @@ class DepthSearcher(BaseSearcher):
     def after_search(self) -> None:
         """Skip what was chosen."""
         skip_blocks(self.model, self.best["dropped"])
+
+    def _prepare_effect(self) -> None:
+        """Run the whole network, to compare others with it and to see what its blocks put out."""
+        measure = self.config["measure"]
+        if measure not in _MEASURES:
+            raise ConfigError(
+                f"The search option measure is {measure!r}; {' or '.join(_MEASURES)} was expected."
+            )
+        if measure == "loss" and self.config["loss_func"] is None:
+            raise ConfigError("The search option measure is 'loss': pass loss_func too.")
+        score_func, loss_func = self.config["score_func"], self.config["loss_func"]
+        batches = some_batches(self.config["calibration"], self.config["batches"])
+        with noting_parts(self.model):
+            if score_func is not None:
+                self._effect = lambda model: -float(score_func(model))
+                self._effect(self.model)
+            elif measure == "loss":
+                self._effect = lambda model: mean_loss(model, batches, loss_func)
+                self._effect(self.model)
+            else:
+                self._effect = Effect(self.model, batches)
 
     def _next(self, dropped: list[str], costs: dict[str, float], known: dict[str, float]) -> str:
         """Return the block that is dropped next: least harm for what it saves."""
@@ -162,8 +186,7 @@ class DepthSearcher(BaseSearcher):
         if key not in self.effects:
             skip_blocks(self.model, dropped)
             try:
-                effect = self._effect
-                self.effects[key] = -self.score() if effect is None else effect(self.model)
+                self.effects[key] = self._effect(self.model)
             finally:
                 skip_blocks(self.model, ())
             self.save_search_checkpoint()

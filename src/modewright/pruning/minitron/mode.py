@@ -12,8 +12,11 @@ from modewright.modes.traits import Trait
 from modewright.pruning.width.config import Kind, WidthConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
+    from modewright.calibration.forward import OnBatch
     from modewright.modes.searcher import BaseSearcher
 
 
@@ -56,8 +59,19 @@ class MinitronMode(ModeDescriptor[MinitronConfig]):
 
         return MinitronSearcher
 
-    def convert(self, model: nn.Module, config: MinitronConfig) -> tuple[nn.Module, Metadata]:
-        """Open the space; all of the network is chosen, so it computes what it did."""
+    def convert(
+        self,
+        model: nn.Module,
+        config: MinitronConfig,
+        *,
+        calibration: object = None,
+        on_batch: OnBatch | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> tuple[nn.Module, Metadata]:
+        """Open the space; all of the network is chosen, so it computes what it did.
+
+        Keywords are not needed; they are accepted so that one ``mode_kwargs`` fits all.
+        """
         from modewright.pruning import space
         from modewright.pruning.depth import blocks
 

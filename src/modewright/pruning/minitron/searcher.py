@@ -157,8 +157,7 @@ class MinitronSearcher(DepthSearcher):
             skip_blocks(self.model, subnet["dropped"])
             try:
                 with self._cut(subnet):
-                    effect = self._effect
-                    self.effects[key] = -self.score() if effect is None else effect(self.model)
+                    self.effects[key] = self._effect(self.model)
             finally:
                 skip_blocks(self.model, ())
             self.save_search_checkpoint()

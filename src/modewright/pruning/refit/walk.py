@@ -38,12 +38,13 @@ class _Cut:
         self.whole: dict[nn.Linear, tuple[Any, Any]] = {}
         for path, axes in kept.items():
             module = model.get_submodule(path.rpartition(".")[0])
-            if type(module) is nn.Linear and path.endswith(".weight") and 1 in axes:
-                if 0 in axes:
-                    raise ConfigError(
-                        f"Mode 'refit' serves a network that lost inner widths, heads or blocks, "
-                        f"but {path} lost outputs too: the residual stream itself was cut."
-                    )
+            if type(module) is not nn.Linear:
+                raise ConfigError(
+                    f"Mode 'refit' serves networks that lost blocks, heads or inner widths of "
+                    f"linear layers, but {path} of a {type(module).__name__} was cut: cut other "
+                    "kinds of dimensions, or leave 'refit' out."
+                )
+            if 1 in axes:
                 self.kept[module] = axes[1]
         for layer, columns in self.kept.items():
             self.remember(layer)
@@ -90,7 +91,7 @@ def refit(model: nn.Module, calibration: object, *, on_batch: OnBlock | None = N
 
     Raises:
         DataError: There is no data.
-        ConfigError: The residual stream itself was cut.
+        ConfigError: Something else than blocks and inputs of linear layers was cut.
     """
     if calibration is None:
         raise DataError(
