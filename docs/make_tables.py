@@ -27,7 +27,7 @@ from modewright.modes.traits import Trait, trait_names
 from modewright.quantization.planning import describe_scheme
 from modewright.quantization.schemes import SCHEMES
 from modewright.recipes.loader import load_recipe, recipe_names
-from modewright.recipes.schema import Checks, Recipe, RecipeStep, TextData
+from modewright.recipes.schema import Checks, Recipe, RecipeStep, SearchPart, TextData
 from modewright.reports.modes import mode_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +96,7 @@ def recipe_fields() -> str:
     parts: dict[tuple[str, ...], type[BaseModel]] = {
         ("",): Recipe,
         ("steps[].", "fallback[]."): RecipeStep,
+        ("steps[].search.",): SearchPart,
         ("calibration.", "evaluation."): TextData,
         ("checks.",): Checks,
     }
@@ -116,8 +117,17 @@ def quality() -> str:
     return f"{table(ROOT / 'benchmarks' / 'results')}\n"
 
 
+def auto_quantize() -> str:
+    """What mixed precision and uniform schemes lose, from the results of the benchmark."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from auto_quantize import table
+
+    return f"{table(ROOT / 'benchmarks' / 'results' / 'auto_quantize')}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
+    "auto quantize": auto_quantize,
     "modes": modes,
     "schemes": schemes,
     "formats": formats,

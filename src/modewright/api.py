@@ -28,6 +28,16 @@ if TYPE_CHECKING:
 
     from modewright.quantization.config import QuantizeConfig
 
+_SEARCH_OPTIONS = (
+    "calibration",
+    "score_func",
+    "loss_func",
+    "checkpoint",
+    "max_trials",
+    "max_seconds",
+    "on_trial",
+)
+
 
 def apply_mode(
     model: object,
@@ -319,13 +329,10 @@ def search(
         mode: The mode that opens the search space: a name, or a pair of a name and a config.
         constraints: Upper bounds, absolute or relative to the whole model: ``{"params": 2e6}``,
             ``{"flops": "60%", "latency": "80%"}``, ``{"effective_bits": 4.5}``.
-        dummy_input: An input to trace or measure the model with: a tensor, a tuple or a dict; the
-            first calibration batch if left out.
-        calibration: Batches (each a tensor, tuple or dict of inputs), or a function that runs the
-            model.
+        dummy_input: What costs are measured with; the first calibration batch if left out.
+        calibration: Batches (each a tensor, tuple or dict), or a function that runs the model.
         score_func: ``(model) -> float``, how good what is tried is; higher is better.
-        loss_func: ``(model, batch) -> tensor``, a mean loss; for gradients, and, negative, as the
-            score where there is no ``score_func``.
+        loss_func: ``(model, batch) -> tensor``: for gradients, and a score without ``score_func``.
         config: Further options of the mode's searcher.
         checkpoint: A file to keep progress in; a search that was killed goes on from it.
         max_trials: Try no more than this.
@@ -338,27 +345,19 @@ def search(
         A :class:`modewright.SearchResult`.
 
     Raises:
-        SearchError: The mode has no search, or nothing in the search space meets the constraints,
-            which is said before the search begins, with the closest that can be met.
+        SearchError: The mode has no search, or nothing meets the constraints: said before the
+            search begins, with the closest that can be met.
         ConfigError: A constraint or an option is unknown.
-        ApplyModeError: The mode could not be applied.
     """
-    given = {
-        "calibration": calibration,
-        "score_func": score_func,
-        "loss_func": loss_func,
-        "checkpoint": checkpoint,
-        "max_trials": max_trials,
-        "max_seconds": max_seconds,
-        "on_trial": on_trial,
-    }
+    given = [calibration, score_func, loss_func, checkpoint, max_trials, max_seconds, on_trial]
+    named = zip(_SEARCH_OPTIONS, given, strict=True)
     return _search.search(
         model,
         mode,
         constraints,
         registry=_or_default(registry),
         dummy_input=dummy_input,
-        config={**(config or {}), **{k: v for k, v in given.items() if v is not None}},
+        config={**(config or {}), **{k: v for k, v in named if v is not None}},
         mode_kwargs=mode_kwargs,
     )
 

@@ -249,6 +249,24 @@ def test_the_options_of_every_verb_are_these() -> None:
 
     assert options == {
         "optimize": ["as_json", "dry_run", "model", "output", "recipe", "stream"],
+        "search": [
+            "as_json",
+            "calibration",
+            "checkpoint",
+            "config",
+            "constraints",
+            "dry_run",
+            "input_length",
+            "length",
+            "max_seconds",
+            "max_trials",
+            "mode",
+            "model",
+            "options",
+            "output",
+            "then",
+            "windows",
+        ],
         "backends": ["as_json", "device", "dtype", "measure", "threads"],
         "bench": [
             "against",

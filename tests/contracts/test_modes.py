@@ -149,6 +149,9 @@ REACH: dict[str, Reach] = {
         },
         calibrated=True,
     ),
+    "auto_quantize": Reach(
+        configs={"defaults": None, "few": {"candidates": ["w4a16", "w8a8", "none"]}},
+    ),
     "export_quantize": Reach(
         before={
             **{scheme: [quantized(scheme), "max_calibrate"] for scheme in SCHEMES},

@@ -22,7 +22,7 @@ def lm(kind: str, **changes: Any) -> Any:
     """Return a model that predicts sharply; the same one at every call.
 
     Args:
-        kind: ``llama``, ``qwen2`` (some layers have a window), ``gemma3``, ``gpt2``, ``neox``, ``opt``.
+        kind: ``llama``, ``qwen2`` (some windowed), ``gemma3``, ``gpt2``, ``neox``, ``opt``.
         changes: Entries of its config.
     """
     import transformers as hf

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from modewright.errors import ConfigError
+
 
 def _pairs(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
     """Split ``NAME=VALUE``."""
@@ -16,9 +18,9 @@ def _pairs(context: click.Context, option: click.Parameter, values: tuple[str, .
     for value in values:
         name, equals, text = value.partition("=")
         if not (name.strip() and equals and text.strip()):
-            raise click.BadParameter(f"expected NAME=VALUE, received {value!r}")
+            raise ConfigError(f"--{option.name} expects NAME=VALUE; received {value!r}.")
         if name.strip() in found:
-            raise click.BadParameter(f"{name.strip()!r} was given twice")
+            raise ConfigError(f"--{option.name}: {name.strip()!r} was given twice.")
         found[name.strip()] = text.strip()
     return found
 
@@ -31,7 +33,7 @@ def _values(context: click.Context, option: click.Parameter, values: tuple[str, 
     try:
         return {name: yaml.safe_load(text) for name, text in pairs.items()}
     except yaml.YAMLError as error:
-        raise click.BadParameter(f"not readable as YAML: {error}") from error
+        raise ConfigError(f"--{option.name} is not readable as YAML: {error}") from error
 
 
 @click.command(name="search")

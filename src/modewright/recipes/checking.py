@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from modewright.errors import ConfigError, ModewrightError
 from modewright.modes.config import build_config
 from modewright.modes.constraints import Constraints
 from modewright.modes.registry import ModeRegistry
-from modewright.modes.searcher import CALLER_OPTIONS, BaseSearcher
 from modewright.recipes.schema import Recipe, RecipeStep, SearchPart
+
+if TYPE_CHECKING:
+    from modewright.modes.searcher import BaseSearcher
 
 
 def check_steps(recipe: Recipe, registry: ModeRegistry) -> None:
@@ -45,6 +48,8 @@ def _check(
 
 
 def _check_search(searcher: BaseSearcher, search: SearchPart) -> None:
+    from modewright.modes.searcher import CALLER_OPTIONS  # it needs torch
+
     Constraints.parse(search.constraints, search.constraints)  # which ones exist it says later
     brought = [name for name in CALLER_OPTIONS if name in search.options]
     if brought:
