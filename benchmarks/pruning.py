@@ -24,8 +24,15 @@ import pruning_cnn as cnn
 
 DIVISOR = 4
 OPTIONS: dict[str, dict[str, Any]] = {
+    "fastnas": {"widths": 5, "norm_batches": 4},
     "gradnas": {"gradient_samples": 512, "rounds": 8},
-    "autonas": {"steps": 150, "learning_rate": 0.02, "population": 12, "generations": 4},
+    "autonas": {
+        "steps": 60,
+        "learning_rate": 0.02,
+        "subnets": 1,
+        "population": 6,
+        "generations": 2,
+    },
 }
 
 
