@@ -57,12 +57,14 @@ def loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return functional.cross_entropy(model(images), labels)
 
 
-def pruned(mode: str, model: nn.Module, digits: cnn.Digits) -> nn.Module:
+def pruned(
+    mode: str, model: nn.Module, digits: cnn.Digits, constraints: dict[str, str]
+) -> nn.Module:
     """Search and export with one mode."""
     result = modewright.search(
         model,
         (mode, {"divisor": DIVISOR}),
-        {"flops": "50%"},
+        constraints,
         dummy_input=torch.zeros(1, 1, 28, 28),
         calibration=digits.batches("train"),
         score_func=lambda found: -cnn.loss(found, digits, "validation"),
@@ -79,14 +81,18 @@ def main() -> None:
     parser.add_argument("verb", choices=("prepare", "run", "efficientnet"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("mode", nargs="?", choices=("fastnas", "gradnas", "autonas"))
+    parser.add_argument("--latency", help="a bound on the latency too, such as 60%%")
     arguments = parser.parse_args()
+    constraints = {"flops": "50%"}
+    if arguments.latency:
+        constraints["latency"] = arguments.latency
     if arguments.verb == "prepare":
         prepare(arguments.folder)
     elif arguments.verb == "run":
         row = cnn.measured(
             f"modewright {arguments.mode}",
             arguments.folder,
-            lambda model, digits: pruned(arguments.mode, model, digits),
+            lambda model, digits: pruned(arguments.mode, model, digits, constraints),
         )
         print(json.dumps(row))
     else:

@@ -202,7 +202,7 @@ def _by_holder(model: nn.Module, paths: Collection[str]) -> dict[str, list[str]]
     for path in paths:
         holder, _, name = path.rpartition(".")
         if name not in model.get_submodule(holder)._modules:
-            raise KeyError(path)
+            raise MatchError(f"There is no block {path!r} in this {type(model).__name__}.")
         found.setdefault(holder, []).append(name)
     return found
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from modewright.errors import MatchError, did_you_mean
+
 Kind = Literal["channels", "heads", "ffn", "hidden", "experts"]
 Role = Literal["out", "in"]
 
@@ -102,11 +104,19 @@ class DimensionGraph:
     untraced: dict[str, str]
 
     def __getitem__(self, name: str) -> DimensionGroup:
-        """Return a group by its name."""
+        """Return a group by its name.
+
+        Raises:
+            MatchError: There is no such group.
+        """
         for group in self.groups:
             if group.name == name:
                 return group
-        raise KeyError(name)
+        names = [group.name for group in self.groups]
+        raise MatchError(
+            f"There is no dimension group {name!r}.{did_you_mean(name, names)} "
+            f"Known: {', '.join(names) or 'none'}."
+        )
 
     def __str__(self) -> str:
         lines = [str(group) for group in self.groups]

@@ -185,16 +185,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             values = None
         else:
             values = rule(self, op)
-        if values is None:
+        if values is None or not _fit(op.outputs, values):
             for tensor in op.tensors:
-                self.freeze(tensor, f"{op} has no rule")
+                self.freeze(tensor, f"{op} has no rule for this form of it")
             values = [Value(tuple(fixed(size) for size in t.shape)) for t in op.outputs]
-        for tensor, value in zip(op.outputs, values, strict=True):
-            if tuple(tensor.shape) != tuple(len(dim) for dim in value.dims):
-                raise RuntimeError(
-                    f"The rule of {op} gives the shape {[len(d) for d in value.dims]}; "
-                    f"{list(tensor.shape)} was expected. This is an error of the rule."
-                )
         return values
 
     def _note_numbers(self, op: Op) -> None:
@@ -224,6 +218,14 @@ _FACTORIES = frozenset(
         *("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"),
     )
 )
+
+
+def _fit(outputs: Sequence[torch.Tensor], values: Sequence[Value]) -> bool:
+    """Whether a rule gave every output its shape; one that did not knows too little."""
+    return len(outputs) == len(values) and all(
+        tuple(tensor.shape) == tuple(len(dim) for dim in value.dims)
+        for tensor, value in zip(outputs, values, strict=True)
+    )
 
 
 def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
