@@ -11,10 +11,39 @@ from modewright.modes.registry import ModeRegistry, ModeRow
 
 ENTRY_POINT_GROUP = "modewright.modes"
 
+_PRUNING = "modewright.pruning.modes"
 _QUANTIZATION = "modewright.quantization.modes"
 _SPARSITY = "modewright.sparsity.modes"
 
 BUILTIN_MODES: dict[str, ModeRow] = {
+    "fastnas": ModeRow(
+        f"{_PRUNING}:FastnasMode",
+        "Let widths be cut; a search scores each by itself and combines the best.",
+    ),
+    "gradnas": ModeRow(
+        f"{_PRUNING}:GradnasMode",
+        "Let widths be cut; a search takes the units that the loss feels least.",
+    ),
+    "autonas": ModeRow(
+        f"{_PRUNING}:AutonasMode",
+        "Let widths be cut; subnets that share weights are trained, then bred by evolution.",
+    ),
+    "depth": ModeRow(
+        "modewright.pruning.depth.mode:DepthMode",
+        "Let whole blocks be dropped; a search picks those whose loss matters least.",
+    ),
+    "minitron": ModeRow(
+        "modewright.pruning.minitron.mode:MinitronMode",
+        "Let heads, inner widths and blocks be cut, alike in all blocks; a search balances them.",
+    ),
+    "refit": ModeRow(
+        "modewright.pruning.refit.mode:RefitMode",
+        "Solve what writes to the residual stream anew, so that pruning changes the stream least.",
+    ),
+    "export_prune": ModeRow(
+        f"{_PRUNING}:ExportPruneMode",
+        "Cut what was not chosen, for good; a plain smaller network is left.",
+    ),
     "rotate": ModeRow(
         f"{_QUANTIZATION}:RotateMode",
         "Rotate the residual stream of a transformer, so that no channel stands out.",

@@ -63,6 +63,21 @@ SPARSE = {
 SPARSE_CHAIN = ["sparse_magnitude", quantized("w4a16"), "max_calibrate", "export_quantize"]
 SPARSE_FAMILIES = tuple(f for f in FAMILIES if f.name not in ("recurrent", "experts"))
 REACH: dict[str, Reach] = {
+    "fastnas": Reach(configs={"defaults": None, "few": {"kinds": ["ffn"], "divisor": 2}}),
+    "gradnas": Reach(),
+    "autonas": Reach(),
+    "depth": Reach(families=(MLP, STREAM)),
+    "minitron": Reach(
+        configs={"defaults": None, "width alone": {"depth": False}}, families=(MLP, STREAM)
+    ),
+    "refit": Reach(
+        before={"depth": ["depth"], "minitron": ["minitron"]},
+        calibrated=True,
+        families=(MLP, STREAM),
+    ),
+    "export_prune": Reach(
+        before={mode: [mode] for mode in ("fastnas", "gradnas", "autonas", "minitron")}
+    ),
     "rotate": Reach(
         configs={"defaults": None, "random": {"rotation": "orthogonal", "seed": 3}},
         calibrated=True,

@@ -11,6 +11,8 @@ from typing import Any
 
 from modewright.errors import CheckpointError, DataError
 
+CONFIG_FILE = "config.json"
+ORIGINAL_CONFIG_FILE = "original_config.json"  # of a model that was pruned: what it was before
 _ASSETS = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # what is read besides weights
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -30,14 +32,14 @@ def transformers_package() -> Any:
         ) from error
 
 
-def checked_config(folder: Path) -> dict[str, Any]:
-    """Return a folder's config.json if transformers can build its model without foreign code."""
-    path = folder / "config.json"
+def checked_config(folder: Path, file: str = CONFIG_FILE) -> dict[str, Any]:
+    """Return a folder's config if transformers can build its model without foreign code."""
+    path = folder / file
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{str(folder)!r} has no config.json: expected a folder as save_pretrained writes it."
+            f"{str(folder)!r} has no {file}: expected a folder as save_pretrained writes it."
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{str(path)!r} is not readable JSON: {error}.") from error

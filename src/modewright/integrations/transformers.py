@@ -29,6 +29,8 @@ from torch import nn
 from modewright.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from modewright.integrations import decoded_cache
 from modewright.integrations.model_folder import (
+    CONFIG_FILE,
+    ORIGINAL_CONFIG_FILE,
     checked_config,
     checked_files,
     digest_of,
@@ -123,6 +125,8 @@ def save_assets(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
 
     These are ``config.json`` (with the class of the model and the dtype that most of its
     floating-point weights have), the generation config if there is one, and the tokenizer's files.
+    A model that was pruned has another config than before: ``original_config.json`` is the one from
+    which `build_from_config` builds what its record is restored onto.
 
     Raises:
         DataError: The folder does not exist, or the model has no transformers config.
@@ -130,18 +134,22 @@ def save_assets(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{str(folder)!r} is not a folder: create it before saving into it.")
-    config: Any = copy.deepcopy(getattr(model, "config", None))
-    if not hasattr(config, "to_json_file"):
+    if not hasattr(getattr(model, "config", None), "to_json_file"):
         raise DataError(
             f"{type(model).__name__} has no transformers config, so there is nothing that "
             "from_pretrained could rebuild it from. Expected a model of transformers."
         )
-    config.dtype = _main_dtype(model)
-    config.architectures = config.architectures or [type(model).__name__]
-    config._name_or_path = ""  # a path of this machine means nothing elsewhere
+    configs: dict[str, Any] = {CONFIG_FILE: model.config}
+    if hasattr(model, "unpruned_config"):
+        configs[ORIGINAL_CONFIG_FILE] = model.unpruned_config
     with _quiet():
-        # Not save_pretrained(): it refuses configs that from_pretrained() accepted.
-        config.to_json_file(folder / "config.json")
+        for name, own in configs.items():
+            config = copy.deepcopy(own)
+            config.dtype = _main_dtype(model)
+            config.architectures = config.architectures or [type(model).__name__]
+            config._name_or_path = ""  # a path of this machine means nothing elsewhere
+            # Not save_pretrained(): it refuses configs that from_pretrained() accepted.
+            config.to_json_file(folder / name)
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
             generation.to_json_file(folder / "generation_config.json")
@@ -149,8 +157,9 @@ def save_assets(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
 
 
 def build_from_config(folder: str | Path, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """Build the architecture that a folder's ``config.json`` describes, without its weights.
+    """Build the architecture that a folder's config describes, without its weights.
 
+    That is ``original_config.json`` if there is one: what the model was before it was pruned.
     Buffers that no checkpoint stores (such as rotary frequencies) have their real values and tied
     parameters are tied. Parameters are on the **meta device** and take no memory, in the dtype that
     the config records; stored buffers are uninitialised: load a state dict (``assign=True``)
@@ -168,10 +177,12 @@ def build_from_config(folder: str | Path, *, dtype: torch.dtype | None = None) -
             model from.
     """
     folder = Path(folder)
-    checked_config(folder)
+    pruned = (folder / ORIGINAL_CONFIG_FILE).is_file()
+    file = ORIGINAL_CONFIG_FILE if pruned else CONFIG_FILE
+    checked_config(folder, file)
     hf = transformers_package()
     with _reading(f"The config in {str(folder)!r}", DataError):
-        config = hf.AutoConfig.from_pretrained(folder, **_LOCAL)
+        config = hf.AutoConfig.from_pretrained(folder / file, **_LOCAL)
         dtype = dtype or getattr(config, "dtype", None) or torch.float32
         with _without_initialisation(), parameters_on_meta():
             model = hf.AutoModelForCausalLM.from_config(

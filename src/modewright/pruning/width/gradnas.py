@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``GradnasSearcher``: cut the units that the loss feels least, for what each of them costs.
+
+Importance by gradient estimates, in nats, what the loss gains by a unit. Divided by what the unit
+costs, in parts of what the constraints ask to save, it can be compared across groups, and cutting
+all units below one threshold is the greedy solution of the knapsack. It is done in rounds: each
+goes a part of the way, then importance is estimated anew for what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from modewright.modes.model_like import all_modules
+from modewright.modes.snapshot import Snapshot
+from modewright.pruning.effect import some_batches
+from modewright.pruning.importance.gradient import gradients, single_samples
+from modewright.pruning.surgery import silence
+from modewright.pruning.width.choices import Choice
+from modewright.pruning.width.searcher import WidthSearcher, refilled
+
+_TINY = 1e-12
+
+
+class GradnasSearcher(WidthSearcher):
+    """Choose units by squared gradients.
+
+    Attributes:
+        rounds_done: How many rounds are behind.
+        importance: By group what its units are worth, as last estimated, ``[units]``.
+        now: The units that are left, by group.
+    """
+
+    rounds_done: int
+    importance: dict[str, torch.Tensor]
+    now: dict[str, list[int]]
+
+    @property
+    def default_search_config(self) -> dict[str, Any]:
+        """See the base class.
+
+        ``rounds``: in how many steps units are cut. ``gradient_samples``: on how many samples out
+        of the calibration batches importance is estimated, one by one.
+        """
+        return {**super().default_search_config, "rounds": 4, "gradient_samples": 256}
+
+    @property
+    def default_state_dict(self) -> dict[str, Any]:
+        """See the base class."""
+        own = {"rounds_done": 0, "importance": {}, "now": {}}
+        return {**super().default_state_dict, **own}
+
+    def run_search(self) -> None:
+        """Cut units in rounds."""
+        if not self.now:
+            self.now = {c.name: list(range(c.group.size)) for c in self.found}
+        rounds = int(self.config["rounds"])
+        while self.rounds_done < rounds:
+            last = self.exhausted or self.rounds_done == rounds - 1
+            self.importance = self._estimate()
+            widths = self._allocate(1.0 if last else (self.rounds_done + 1) / rounds)
+            self.now = {name: self._top(name, width) for name, width in widths.items()}
+            score = self.score_of(widths, self.now)
+            self.record(self.costs(widths), score, dict(widths), total=rounds)
+            self.rounds_done = rounds if last else self.rounds_done + 1
+            self.save_search_checkpoint()
+        self.set_best({name: len(units) for name, units in self.now.items()}, self.now)
+
+    def ranked(self) -> dict[str, list[int]]:
+        """Return nothing yet: units are ranked in every round."""
+        return {c.name: list(range(c.group.size)) for c in self.found}
+
+    def _estimate(self) -> dict[str, torch.Tensor]:
+        """Return what each unit that is left is worth now; those that are gone, nothing."""
+        snapshot = Snapshot(all_modules(self.model))
+        try:
+            silence(self.model, self.groups, self.now)
+            found = gradients(self.model, self.groups, self._samples(), self.config["loss_func"])
+        finally:
+            snapshot.roll_back()
+        for name, values in found.items():
+            gone = torch.ones(len(values), dtype=torch.bool)
+            gone[self.now[name]] = False
+            values[gone] = -1.0
+        return found
+
+    def _samples(self) -> list[Any]:
+        count = int(self.config["gradient_samples"])
+        given = self.config["calibration"]
+        return single_samples(some_batches(given, count), count)
+
+    def _top(self, name: str, width: int) -> list[int]:
+        order = self.importance[name].argsort(descending=True, stable=True)
+        return sorted(order[:width].tolist())
+
+    def _allocate(self, part: float) -> dict[str, int]:
+        """Return the widths that go a part of the way from the whole to the bounds."""
+        start = {name: len(units) for name, units in self.now.items()}
+        widths = start
+        for _ in range(2):  # prices once where it begins, once where it ends
+            prices = {c.name: self._price(c, widths) for c in self.found}
+            ladder = {c.name: self._ladder(c, start, prices[c.name]) for c in self.found}
+            widths = self._below_threshold(start, ladder, part)
+        worth = {name: self._next_step(name, widths, prices[name]) for name in widths}
+        return refilled(self, widths, worth) if part == 1.0 else widths
+
+    def _price(self, choice: Choice, widths: Mapping[str, int]) -> float:
+        """Return what a unit costs now, in parts of what must be saved."""
+        width = widths[choice.name]
+        other = choice.narrower(width)
+        if other == width:
+            other = min(w for w in choice.widths if w > width)
+        here, there = self.costs(widths), self.costs({**widths, choice.name: other})
+        bounds = {} if self.bounds is None else {b.name: b.value for b in self.bounds.bounds}
+        total = 0.0
+        for name, bound in bounds.items():
+            to_save = self.full[name] - bound
+            if to_save > 0:
+                total += max(0.0, (here[name] - there[name]) / (width - other)) / to_save
+        return max(total, _TINY)
+
+    def _ladder(
+        self, choice: Choice, start: Mapping[str, int], price: float
+    ) -> list[tuple[float, int]]:
+        """Return the widths of a group, falling, each with what a unit of the step is worth."""
+        values = self.importance[choice.name].sort(descending=True).values
+        steps, highest, width = [], 0.0, start[choice.name]
+        while (narrower := choice.narrower(width)) < width:
+            lost = float(values[narrower:width].clamp_min(0).sum()) / (width - narrower) / price
+            highest = max(highest, lost)
+            steps.append((highest, narrower))
+            width = narrower
+        return steps
+
+    def _below_threshold(
+        self, start: Mapping[str, int], ladder: Mapping[str, list[tuple[float, int]]], part: float
+    ) -> dict[str, int]:
+        levels = sorted({value for steps in ladder.values() for value, _ in steps})
+
+        def at(index: int) -> dict[str, int]:
+            if index < 0:
+                return dict(start)
+            return {
+                name: min([start[name], *(w for v, w in steps if v <= levels[index])])
+                for name, steps in ladder.items()
+            }
+
+        low, high = -1, len(levels) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._part_way(at(middle), part):
+                high = middle
+            else:
+                low = middle + 1
+        return at(high)
+
+    def _part_way(self, widths: Mapping[str, int], part: float) -> bool:
+        """Whether costs have come down by a part of what must be saved."""
+        if self.bounds is None or part == 1.0:
+            return self.fits(widths)
+        costs = self.costs(widths)
+        return all(
+            costs[b.name] <= self.full[b.name] - part * (self.full[b.name] - b.value)
+            for b in self.bounds.bounds
+        )
+
+    def _next_step(self, name: str, widths: Mapping[str, int], price: float) -> float:
+        choice = self.choice(name)
+        wider = [w for w in choice.widths if w > widths[name]]
+        if not wider:
+            return 0.0
+        values = self.importance[name].sort(descending=True).values
+        gained = float(values[widths[name] : wider[0]].clamp_min(0).sum())
+        return gained / (wider[0] - widths[name]) / price
