@@ -33,9 +33,10 @@ def quantize(
 ) -> torch.Tensor:
     """Return the numbers of the format that stand for a grouped tensor: float32, same shape."""
     values = grouped.float() / scale.unsqueeze(-1)
-    if zero_point is not None:
-        values.round_().add_(zero_point.unsqueeze(-1))
-    return round_to_(values, fmt)
+    if zero_point is None:
+        return round_to_(values, fmt)
+    values.round_().add_(zero_point.unsqueeze(-1))  # an integer, too: it needs no rounding
+    return values.clamp_(fmt.min_value, fmt.max_value)
 
 
 def dequantize(

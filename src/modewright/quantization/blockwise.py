@@ -116,11 +116,22 @@ def _progress(
     return BlockProgress(Path(folder), digest.hexdigest())
 
 
-def walking_precision(model: nn.Module, calibration: object, precision: Precision) -> Precision:
+def walking_precision(
+    model: nn.Module,
+    calibration: object,
+    precision: Precision,
+    trial: Callable[[], object] | None = None,
+) -> Precision:
     """Return in which precision to run a network that a pass looks at.
 
     ``"auto"`` is bfloat16 where that is faster and works, if all weights have four bits or less:
     what is lost by rounding them is then far more than what bfloat16 products lose.
+
+    Args:
+        model: The network.
+        calibration: What it is run on.
+        precision: What was asked for.
+        trial: Runs the network to see whether bfloat16 works; by default on the first batch.
     """
     if precision != "auto":
         return precision
@@ -131,13 +142,13 @@ def walking_precision(model: nn.Module, calibration: object, precision: Precisio
         return "float32"
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def trial() -> None:
+    def first_batch() -> None:
         if unit is not None:
             unit.run_once(model)
         else:
             run_batch(model, cast(Sequence[object], calibration)[0])
 
-    return usable_precision(trial, device, precision)
+    return usable_precision(trial or first_batch, device, precision)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 
 from modewright.errors import ConfigError
-from modewright.formats.affine import dequantize, quantize
+from modewright.formats.affine import quantize
 from modewright.formats.catalogue import NumberFormat, code_values
 from modewright.formats.floating import FloatFormat
 from modewright.formats.scaling import ScaleFormat, max_scale, round_scale, scale_from_range
@@ -35,6 +35,7 @@ Scales = tuple[torch.Tensor, torch.Tensor | None]
 
 _SLAB = 1 << 17  # values searched at a time: few enough for a processor's cache
 _UPDATES = 2
+_SHIFTS = (0, 1, -1, 0)  # of the zero point, when the scale is fitted to it
 _POWERS_OF_TWO = (2.0, 0.5, 0.25, 0.125)
 
 
@@ -93,7 +94,9 @@ class BestScale:
 
     def _error(self, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
         codes = quantize(self.values, scale, zero_point, self.fmt)
-        return self.cost(dequantize(codes, scale, zero_point).sub_(self.values))
+        if zero_point is not None:
+            codes.sub_(zero_point.unsqueeze(-1))
+        return self.cost(codes.mul_(scale.unsqueeze(-1)).sub_(self.values))
 
 
 def mse_scale(
@@ -103,7 +106,7 @@ def mse_scale(
     global_scale: torch.Tensor | None = None,
     *,
     importance: torch.Tensor | None = None,
-    steps: int = 16,
+    steps: int = 6,
     shrink: float = 0.1,
 ) -> Scales:
     """Return for every group the scale and zero point with the least squared error found.
@@ -115,7 +118,7 @@ def mse_scale(
         global_scale: The tensor's scale, scalar; only for the scale format ``"e4m3"``.
         importance: What the squared error of every value counts, not negative, broadcastable to
             ``grouped``; ``None`` counts all alike.
-        steps: Places on each grid.
+        steps: Places that each end of a range is moved to.
         shrink: The smallest part of the max range that is tried.
 
     Returns:
@@ -181,13 +184,14 @@ def _search_symmetric(
     needed = (best.values.abs() - _tolerance(best, weights)).amax(dim=-1)
     needed = needed / (base * best.fmt.max_value * extent)
     lowest = needed.nan_to_num(shrink).clamp(shrink, 1.0)
-    width = (highest - lowest) / steps
+    places = 2 * steps  # there is only one end to move
+    width = (highest - lowest) / places
     best.offer(base / extent)  # the largest magnitude gets the extra negative code of integers
-    for place in range(steps):
+    for place in range(places):
         best.offer(base * (lowest + width * place))
     centre = best.scale
-    for place in range(1, steps + 1):
-        best.offer(centre + base * width * (2 * place / (steps + 1) - 1))
+    for place in range(1, places + 1):
+        best.offer(centre + base * width * (2 * place / (places + 1) - 1))
     for _ in range(_UPDATES):
         offer_fit(best, best.values, weights)
 
@@ -195,8 +199,7 @@ def _search_symmetric(
 def _search_range(best: BestScale, weights: torch.Tensor | None, steps: int, shrink: float) -> None:
     """Move both ends inwards together, then each alone, then fit the scale to zero points."""
     tolerance = _tolerance(best, weights)
-    low, high = (end.clone() for end in torch.aminmax(best.values, dim=-1))
-    low, high = low.clamp_(max=0), high.clamp_(min=0)
+    low, high = best.values.amin(dim=-1).clamp_(max=0), best.values.amax(dim=-1).clamp_(min=0)
     low_part = ((best.values + tolerance).amin(dim=-1) / low).nan_to_num(1.0).clamp(shrink, 1.0)
     high_part = ((best.values - tolerance).amax(dim=-1) / high).nan_to_num(1.0).clamp(shrink, 1.0)
     places = [place / steps for place in range(steps)]
@@ -210,9 +213,8 @@ def _search_range(best: BestScale, weights: torch.Tensor | None, steps: int, shr
     _, upper = _ends(best)
     for lower in lows:
         best.offer_range(lower, upper)
-    for _ in range(_UPDATES):
-        for shift in (0, 1, -1):
-            offer_fit(best, best.values, weights, shift)
+    for shift in _SHIFTS:
+        offer_fit(best, best.values, weights, shift)
 
 
 def offer_fit(

@@ -22,7 +22,9 @@ from modewright.quantization.quantizer import Quantizer
 
 Metadata = dict[str, Any]
 _ROWS_IN_A_STEP = 1024
-_LONG = 3.0  # how many times the median error of a batch one token's error may count
+_REACH = {"sign": 1.0, "adam": 2.0}  # steps of the grid, times the iterations: the rate of offsets
+_LONG = 3.0  # how many times the median error of a batch one token's error may count,
+_LOST = 30.0  # or this, times the part of the token that is lost over the median part
 
 
 def convert(
@@ -92,7 +94,7 @@ def _solve(block: Block, config: LearnedRoundingConfig) -> Metadata:
         start = [p.detach().clone() for weight in learned.values() for p in weight.parameters]
         schedule = Schedule(
             iterations=config.iterations,
-            rate=config.rate or 1.0 / config.iterations,
+            rate=config.rate or _REACH[config.optimizer] / config.iterations,
             scale_rate=config.scale_rate or config.rate or 1.0 / config.iterations,
             optimizer=config.optimizer,
         )
@@ -192,10 +194,19 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared error over tokens, none of which counts far more than the others."""
+    """Return the mean squared error over tokens, none of which counts far more than the others.
+
+    Some networks have tokens whose hidden state is hundreds of times as long as that of others.
+    Their errors are as long and would decide alone; but where most of such a token is lost, all
+    later blocks go wrong. So what a token may count grows with the part of it that is lost.
+    """
     difference = output.float() - target.to(output.device).float()
+    tiny = torch.finfo(torch.float32).tiny
     length = difference.detach().norm(dim=-1, keepdim=True)
-    limit = length.median() * _LONG
-    weight = (limit / length.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
+    size = target.to(output.device).float().norm(dim=-1, keepdim=True)
+    lost = length / (length + size).clamp_min(tiny)
+    typical = length.median()
+    limit = torch.maximum(typical * _LONG, lost * (typical / lost.median().clamp_min(tiny)) * _LOST)
+    weight = (limit / length.clamp_min(tiny)).clamp(max=1.0)
     error: torch.Tensor = ((difference * weight) ** 2).sum(-1).mean()
     return error

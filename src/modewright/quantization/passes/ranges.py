@@ -41,7 +41,6 @@ from modewright.quantization.passes.records import (
     set_max_scale,
     settle_shared,
 )
-from modewright.quantization.precision import automatic_precision
 from modewright.quantization.quantizer import Quantizer
 
 Metadata = dict[str, Any]
@@ -239,11 +238,14 @@ def _importance(
 
         return hook
 
+    def gather() -> None:
+        squares.clear()
+        run_calibration(model, calibration)
+
     with ExitStack() as hooks:
         for name, layer in quantized_layers(model).items():
             if layer.weight_quantizer is not None:
                 hooks.callback(layer.register_forward_pre_hook(watch(name, layer)).remove)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        with automatic_precision(device, walking_precision(model, calibration, "auto")):
-            run_calibration(model, calibration)
+        if walking_precision(model, calibration, "auto", gather) == "float32":
+            gather()
     return {n: s.value / s.value.mean() for n, s in squares.items() if s.value is not None}
