@@ -122,13 +122,13 @@ def walking_precision(
         return "float32"
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def once() -> None:
+    def first_batch() -> None:
         if unit is not None:
             unit.run_once(model)
         else:
             run_batch(model, cast(Sequence[object], calibration)[0])
 
-    return usable_precision(trial or once, device, precision)
+    return usable_precision(trial or first_batch, device, precision)
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,11 @@ class BlockData(UnitData):
         self._runs = 0
 
     def run(self, model: nn.Module) -> int:
-        """Run the block on all calls of the next chain."""
-        calls = self.calls()
-        self.keep([self._output(model, call).cpu() for call in calls])
+        """Run the block on all calls of the next chain; a run that fails is none."""
+        key = _key(self._step, self._runs)
+        calls = self._chains.calls(key, self.place.name, self._first)
+        self._chains.keep(key, [self._output(model, call).cpu() for call in calls])
+        self._runs += 1
         return len(calls)
 
     def run_once(self, model: nn.Module) -> None:
@@ -131,9 +133,10 @@ class RestData(UnitData):
 
     def run(self, model: nn.Module) -> int:
         """Run all batches, with what the last block put out in the next chain."""
+        outputs = self._chains.hidden(_key(self._step, self._runs))
+        count = self._stands.replay(self._batches, outputs)
         self._runs += 1
-        outputs = self._chains.hidden(_key(self._step, self._runs - 1))
-        return self._stands.replay(self._batches, outputs)
+        return count
 
     def run_once(self, model: nn.Module) -> None:
         """Run the first batch."""
