@@ -10,7 +10,10 @@ and Hall 2018) through SciPy.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -72,12 +75,13 @@ def least_violation(costs: Mapping[str, Table], budgets: Mapping[str, float]) ->
     limits = Bounds(np.zeros(len(objective)), np.append(np.ones(sum(sizes)), [np.inf] * count))
     whole = np.append(np.ones(sum(sizes)), np.zeros(count))
     matrix = csr_array(vstack([picks, within]))
-    result = milp(
-        objective,
-        constraints=LinearConstraint(matrix, lower, upper),
-        bounds=limits,
-        integrality=whole,
-    )
+    with _notes_on_stderr():
+        result = milp(
+            objective,
+            constraints=LinearConstraint(matrix, lower, upper),
+            bounds=limits,
+            integrality=whole,
+        )
     return _choice(result.x[: sum(sizes)], sizes)
 
 
@@ -101,18 +105,35 @@ def _solve(
         rows.append(csr_array(row[None]))
         lower.append(np.array([-np.inf]))
         upper.append(np.array([bound]))
-    result = milp(
-        values,
-        constraints=LinearConstraint(
-            csr_array(vstack(rows)), np.concatenate(lower), np.concatenate(upper)
-        ),
-        bounds=Bounds(0, 1),
-        integrality=np.ones(len(values)),
-        options={"mip_rel_gap": 0.0},
-    )
+    within = LinearConstraint(csr_array(vstack(rows)), np.concatenate(lower), np.concatenate(upper))
+    with _notes_on_stderr():
+        result = milp(
+            values,
+            constraints=within,
+            bounds=Bounds(0, 1),
+            integrality=np.ones(len(values)),
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         return None
     return [kept[g][place] for g, place in enumerate(_choice(result.x, sizes))]
+
+
+@contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """Keep standard output for results: HiGHS 1.12 writes notes for its developers there."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _not_dominated(group: int, scores: Table, costs: Sequence[Table]) -> list[int]:
@@ -129,12 +150,14 @@ def _not_dominated(group: int, scores: Table, costs: Sequence[Table]) -> list[in
 def _scaled(row: np.ndarray, budget: float) -> tuple[np.ndarray, float]:
     """Return a constraint in units in which the solver's tolerances mean nothing.
 
-    Whole numbers (bits) are divided by what they all have in common, others by the budget.
+    Whole numbers (bits) are divided by what they all have in common, and the bound lies half way to
+    the next number, so that rounding on either side of it changes nothing. Others are divided by
+    the budget.
     """
     if np.all(row == np.round(row)) and np.all(row < 2**53):
         common = math.gcd(*(int(value) for value in row))
         if common:
-            return row / common, math.floor(budget / common)
+            return row / common, math.floor(budget / common) + 0.5
     return row / budget, 1.0
 
 
