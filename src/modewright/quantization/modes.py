@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 
 ROTATES = "a rotation mixes weights, so that those that are zero no longer are"
+LEAVES_DENSE = "what a branch of low rank leaves of a sparse weight is dense"
 
 
 class RotateMode(ModeDescriptor[RotateConfig]):
@@ -134,7 +135,6 @@ class CalibratingMode(ModeDescriptor[C]):
 
     Attributes:
         home: ``module:function`` under ``quantization.passes`` that does it.
-        resumes: Whether a conversion that was killed can go on block by block.
     """
 
     technique = "quantization"
@@ -253,9 +253,7 @@ class SvdquantMode(CalibratingMode[SvdquantConfig]):
     config_class = SvdquantConfig
     home = "svdquant:convert"
     forbids = frozenset({Trait.SPARSE})
-    reasons: ClassVar[dict[str, str]] = {
-        Trait.SPARSE: "what a branch of low rank leaves of a sparse weight is dense"
-    }
+    reasons: ClassVar[dict[str, str]] = {Trait.SPARSE: LEAVES_DENSE}
 
 
 class BiasCorrectionMode(CalibratingMode[BiasCorrectionConfig]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from torch import nn
 
@@ -26,10 +27,7 @@ class Original:
 
     def weight(self, module: nn.Module, name: str) -> nn.Parameter:
         """Return a parameter as it was."""
-        found = self._parameters[module][name]
-        if found is None:
-            raise KeyError(name)
-        return found
+        return cast(nn.Parameter, self._parameters[module][name])
 
     @contextmanager
     def __call__(self, module: nn.Module) -> Iterator[None]:

@@ -133,26 +133,32 @@ def prune(
         on_batch=on_batch,
         checkpoint=checkpoint,
     )
-    solved = {
-        f"{b}.{n}".strip("."): entry for b, found in blocks.items() for n, entry in found.items()
-    }
-    for path in plan.layers:
-        if path not in solved:
-            remove_masks(model.get_submodule(path))
-            plan.skipped[path] = NOT_REACHED
-    reasons = {p: e["skipped"] for p, e in solved.items() if "skipped" in e and p in plan.layers}
-    patterns = {path: str(layer.pattern) for path, layer in plan.layers.items()}
+    reached = _settle(model, plan, blocks)
     history: list[float] = []
     if config.epochs and masked_layers(model):
         history = distil(model, original, batches, config, precision, on_batch)
     return model, record(
         model,
-        patterns,
-        {**plan.skipped, **reasons},
+        {path: str(layer.pattern) for path, layer in plan.layers.items()},
+        {**plan.skipped, **{p: e["skipped"] for p, e in reached.items() if "skipped" in e}},
         unmatched=list(plan.unmatched),
-        solved={p: e for p, e in solved.items() if "relative_error" in e},
+        solved={path: entry for path, entry in reached.items() if "relative_error" in entry},
         loss=history,
     )
+
+
+def _settle(model: nn.Module, plan: SparsePlan, blocks: dict[str, Metadata]) -> dict[str, Metadata]:
+    """Leave layers dense that the walk did not reach; return what it says of others, by path."""
+    found = {
+        f"{block}.{name}".strip("."): entry
+        for block, entries in blocks.items()
+        for name, entry in entries.items()
+    }
+    for path in plan.layers:
+        if path not in found:
+            remove_masks(model.get_submodule(path))
+            plan.skipped[path] = NOT_REACHED
+    return {path: entry for path, entry in found.items() if path in plan.layers}
 
 
 def _precision(model: nn.Module, calibration: object, precision: Precision) -> Precision:
