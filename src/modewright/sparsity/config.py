@@ -93,10 +93,10 @@ class CalibratedSparseConfig(SparseConfig):
     """What all modes have that look at data."""
 
     max_row_norm: float | None = Field(
-        default=4.0,
+        default=None,
         gt=0,
-        description="Scale down inputs longer than so many times the median one, so that none "
-        "counts too much; null for no limit.",
+        description="Scale down inputs longer than so many times the median one; no limit if left "
+        "out, which loses less where a block makes such inputs.",
     )
     min_tokens: int = Field(
         default=64,
