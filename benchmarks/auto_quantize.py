@@ -59,7 +59,7 @@ ROWS = [
 ]
 SEARCH_WINDOWS = 4
 MSE_WINDOWS = 8
-MEASURED_WINDOWS = 6  # of each text
+MEASURED_WINDOWS = 12  # of each text
 
 
 def optimize(row: str, task: Any, model: Any, results: Path) -> dict[str, Any]:

@@ -52,18 +52,11 @@ ROWS = [
 def optimize(task: Any, model: Any) -> Any:
     """Apply the steps of a recipe to a model, with the workspace's calibration data."""
     import modewright
-    from modewright.calibration.self_text import generate_windows
     from modewright.recipes.loader import load_recipe
 
     name, _, source = task.algorithm.partition("@")
     recipe = load_recipe(name)
-    if not task.minilm:
-        task.windows = min(task.windows, recipe.calibration.windows)
-    batches = task.calibration()
-    if source == "self":
-        length = batches[0]["input_ids"].shape[1]
-        written = generate_windows(model, count=len(batches), length=length, seed=0)
-        batches = [{"input_ids": row} for row in written.split(1)]
+    batches = calibration(task, model, recipe.calibration, only_self=source == "self")
     for step in recipe.steps:
         if step.mode in ("export_quantize", "export_sparse", "compress"):
             continue
@@ -74,6 +67,36 @@ def optimize(task: Any, model: Any) -> Any:
         data = {"calibration": batches} if uses_data else {}
         modewright.apply_mode(model, (step.mode, config), mode_kwargs=data)
     return model
+
+
+def calibration(task: Any, model: Any, text: Any, only_self: bool) -> list[dict[str, Any]]:
+    """Return the workspace's calibration data, and what a recipe adds to it.
+
+    Args:
+        task: The row.
+        model: The original, which writes text if the recipe wants some.
+        text: The recipe's calibration data.
+        only_self: Take text that the model writes instead of the workspace's.
+    """
+    from modewright.calibration.augmentation import more_windows
+    from modewright.calibration.self_text import generate_windows
+
+    if not task.minilm:
+        task.windows = min(task.windows, text.windows)
+    batches = task.calibration()
+    if only_self:
+        length = batches[0]["input_ids"].shape[1]
+        rows = generate_windows(model, count=len(batches), length=length, seed=0).split(1)
+        batches = [{"input_ids": row} for row in rows]
+    more = more_windows(
+        model,
+        [batch["input_ids"] for batch in batches],
+        count=round(text.augmented * len(batches) / text.windows),
+        special=task.tokenizer().all_special_ids,
+    )
+    return batches + [
+        {**batches[index % len(batches)], "input_ids": row} for index, row in enumerate(more)
+    ]
 
 
 def table(folder: Path) -> str:

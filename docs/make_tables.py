@@ -125,9 +125,27 @@ def auto_quantize() -> str:
     return f"{table(ROOT / 'benchmarks' / 'results' / 'auto_quantize')}\n"
 
 
+def sparsity() -> str:
+    """What zeros cost, from the results of the benchmark."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from sparsity import table
+
+    return f"{table(ROOT / 'benchmarks' / 'results' / 'sparsity')}\n"
+
+
+def pruning() -> str:
+    """What pruning a language model costs, from the results of the benchmark."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from pruning_lm import table
+
+    return f"{table(ROOT / 'benchmarks' / 'results' / 'pruning')}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "auto quantize": auto_quantize,
+    "sparsity": sparsity,
+    "pruning": pruning,
     "modes": modes,
     "schemes": schemes,
     "formats": formats,

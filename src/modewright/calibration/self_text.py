@@ -71,7 +71,7 @@ def generate_windows(
             f"The model takes {longest} tokens at most, but windows of {length} were asked for."
         )
     generator = torch.Generator().manual_seed(seed)
-    allowed = _first_tokens(model) if first_tokens is None else torch.as_tensor(first_tokens)
+    allowed = ordinary_tokens(model) if first_tokens is None else torch.as_tensor(first_tokens)
     if not allowed.numel():
         raise DataError("first_tokens is empty: there is nothing to begin a window with.")
     begin = allowed[torch.randint(len(allowed), (count,), generator=generator)].long()
@@ -81,6 +81,22 @@ def generate_windows(
             for ids in torch.split(begin.unsqueeze(1), _TOGETHER)
         ]
     return torch.cat(parts)
+
+
+def writes_text(model: nn.Module, window: torch.Tensor) -> bool:
+    """Whether a network predicts a token at every place: float ``[1, n, vocabulary]`` is returned.
+
+    Args:
+        model: The network.
+        window: Token ids that it takes, int64 ``[1, n]``.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with torch.no_grad(), evaluating(model):
+        output = model(window[:, :1].to(device))
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+        return False
+    return logits.ndim == 3 and logits.shape[-1] >= len(ordinary_tokens(model))
 
 
 def _continued(
@@ -121,8 +137,12 @@ def _continued(
     return ids
 
 
-def _first_tokens(model: nn.Module) -> torch.Tensor:
-    """Return all ids of a model's vocabulary but those of special tokens, ``[n]``."""
+def ordinary_tokens(model: nn.Module) -> torch.Tensor:
+    """Return all ids of a model's vocabulary but those of special tokens, int64 ``[n]``.
+
+    Raises:
+        DataError: The size of the vocabulary is unknown.
+    """
     config: Any = getattr(model, "config", None)
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     size = getattr(config, "vocab_size", None) or getattr(embedding, "num_embeddings", None)

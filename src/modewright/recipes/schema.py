@@ -25,6 +25,13 @@ class TextData(_Part):
     )
     windows: int = Field(default=16, ge=1, description="How many windows.")
     length: int = Field(default=256, ge=2, description="Tokens in a window.")
+    augmented: int = Field(
+        default=0,
+        ge=0,
+        description="How many windows more, so that what is learned holds for other text too: a "
+        "language model writes them; for other models, and while streaming, they are the windows "
+        "again with half of their tokens replaced at random. Only for calibration.",
+    )
     seed: int = Field(default=0, description="Which windows are chosen.")
 
     @property
@@ -123,6 +130,8 @@ class Recipe(_Part):
             raise ValueError(
                 f"a model cannot be measured on text that it wrote: {SELF!r} is for calibration"
             )
+        if value.augmented:
+            raise ValueError("augmented windows are for calibration: they are no text")
         return value
 
     # Where the recipe was read from, and the line of everything in it; empty if from no file.

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from modewright.calibration.augmentation import more_windows
 from modewright.calibration.self_text import generate_windows
 from modewright.calibration.text import Split, fingerprint, load_documents, make_windows
 from modewright.errors import DataError
@@ -159,4 +160,12 @@ def _windows(subject: Subject, text: TextData, split: Split) -> torch.Tensor:
         else:
             documents = load_documents(source, split)
             parts.append(make_windows(documents, subject.encode(), **size))
+    parts += more_windows(
+        subject.model,
+        torch.cat(parts).split(1),
+        count=text.augmented,
+        special=getattr(subject.tokenizer, "all_special_ids", ()),
+        seed=text.seed,
+        write=not any(p.is_meta for p in subject.model.parameters()),
+    )
     return torch.cat(parts)
