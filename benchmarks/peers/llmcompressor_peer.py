@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """llm-compressor: rounding to nearest, GPTQ and SmoothQuant; SparseGPT and Wanda.
 
-Algorithms: ``rtn``, ``gptq``, ``smoothquant`` (then ``rtn``); ``sparsegpt`` and ``wanda``, with GPTQ
-after them where the scheme has both zeros and codes (``2to4_w4a16_g64_asym``). The tool leaves a model that rounds
-in a wrapped forward of the layers. It is measured like that, without saving it; only the weights
-are rounded once instead of in each forward, with the tool's own function.
+Algorithms: ``rtn``, ``gptq``, ``smoothquant`` (then ``rtn``); ``sparsegpt`` and ``wanda``, and then
+GPTQ where the scheme has both zeros and codes (``2to4_w4a16_g64_asym``). The tool leaves a model
+that rounds in a wrapped forward of the layers. It is measured like that, without saving it; only
+the weights are rounded once instead of in each forward, with the tool's own function.
 """
 
 from __future__ import annotations

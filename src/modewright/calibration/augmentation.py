@@ -45,7 +45,7 @@ def more_windows(
     """
     if count and write and len(windows) and writes_text(model, windows[0]):
         length = windows[0].shape[-1]
-        return list(generate_windows(model, count=count, length=length, seed=seed).split(1))
+        return list(torch.split(generate_windows(model, count=count, length=length, seed=seed), 1))
     vocabulary = ordinary_tokens(model) if count else torch.empty(0, dtype=torch.int64)
     return replace_tokens(windows, count=count, vocabulary=vocabulary, special=special, seed=seed)
 

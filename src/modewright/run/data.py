@@ -162,7 +162,7 @@ def _windows(subject: Subject, text: TextData, split: Split) -> torch.Tensor:
             parts.append(make_windows(documents, subject.encode(), **size))
     parts += more_windows(
         subject.model,
-        torch.cat(parts).split(1),
+        torch.split(torch.cat(parts), 1),
         count=text.augmented,
         special=getattr(subject.tokenizer, "all_special_ids", ()),
         seed=text.seed,
