@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,17 @@ class Teller(nn.Module):
 
 
 WINDOWS = torch.arange(64).reshape(4, 16) % 32
+
+
+def test_a_module_that_modes_changed_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    model = modewright.apply_mode(mlp(), ("quantize", {"scheme": "w8a16"}))
+    before = copy.deepcopy(model.state_dict())
+
+    with pytest.raises(ConfigError, match=r"changed by modes already \(quantize\)"):
+        optimize(model, {"name": "r", "steps": ["mse"]}, output=tmp_path / "output")
+
+    assert not (tmp_path / "output").exists()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_model_from_files_is_optimized_and_proven_in_a_fresh_process(

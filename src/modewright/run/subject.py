@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from modewright.errors import DataError
+from modewright.errors import ConfigError, DataError
 from modewright.modes.checkpoint import restore
 from modewright.modes.manifest import tensor_digest
 from modewright.modes.model_like import ModelLike, as_model, unwrap
 from modewright.modes.registry import ModeRegistry
+from modewright.modes.state import state_of
 from modewright.modes.storage import MANIFEST_NAME
 
 
@@ -83,12 +84,21 @@ def open_subject(model: object, *, registry: ModeRegistry) -> Subject:
 
     Raises:
         DataError: The path or name leads to no model.
-        ConfigError: It is something else.
+        ConfigError: It is something else, or a module that modes have changed already.
     """
     if isinstance(model, (str, Path)):
         return _open_files(model, registry)
     root = as_model(model)
     built = root.build() if isinstance(root, ModelLike) else unwrap(root)[0]
+    before = state_of(built)
+    if before:
+        raise ConfigError(
+            f"This {type(built).__name__} was changed by modes already "
+            f"({', '.join(record.name for record in before)}), and what it was before is not known "
+            "here: the result could not be restored to prove it. Pass the folder that it was saved "
+            "in, or the unmodified model and all steps in one recipe; or go on with "
+            "modewright.apply_mode and modewright.save."
+        )
     return Subject(built, type(built).__name__, None, _skeleton(built), None)
 
 
