@@ -220,3 +220,10 @@ def test_sources_that_make_no_sense_are_errors(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(tiny_recipe(tmp_path, **{field: {"source": source}}))
+
+
+def test_writing_says_how_far_it_is() -> None:
+    seen: list[tuple[int, int]] = []
+    generate_windows(Chain(), count=3, length=5, seed=0, on_batch=lambda *now: seen.append(now))
+
+    assert seen == [(done, 15) for done in (3, 6, 9, 12, 15)]

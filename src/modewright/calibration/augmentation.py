@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
+from modewright.calibration.forward import OnBatch
 from modewright.calibration.self_text import generate_windows, ordinary_tokens, writes_text
 from modewright.errors import ConfigError, DataError
 
@@ -28,6 +29,7 @@ def more_windows(
     special: Collection[int] = (),
     seed: int = 0,
     write: bool = True,
+    on_batch: OnBatch | None = None,
 ) -> list[torch.Tensor]:
     """Return windows besides those that are there: written, or with tokens replaced.
 
@@ -38,6 +40,7 @@ def more_windows(
         special: Ids that are left where they are when others are replaced.
         seed: Of all random choices.
         write: Let a language model write; otherwise tokens are replaced for it too.
+        on_batch: Called with how many tokens are written, and how many there will be.
 
     Raises:
         ConfigError: A number is out of its range.
@@ -45,7 +48,8 @@ def more_windows(
     """
     if count and write and len(windows) and writes_text(model, windows[0]):
         length = windows[0].shape[-1]
-        return list(torch.split(generate_windows(model, count=count, length=length, seed=seed), 1))
+        written = generate_windows(model, count=count, length=length, seed=seed, on_batch=on_batch)
+        return list(torch.split(written, 1))
     vocabulary = ordinary_tokens(model) if count else torch.empty(0, dtype=torch.int64)
     return replace_tokens(windows, count=count, vocabulary=vocabulary, special=special, seed=seed)
 

@@ -9,14 +9,14 @@ vocabulary, the next few are the most probable ones, and the others are sampled.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from modewright.calibration.calls import first_tensor
-from modewright.calibration.forward import evaluating
+from modewright.calibration.forward import OnBatch, evaluating
 from modewright.errors import ConfigError, DataError
 
 _TOGETHER = 32  # windows that are written at a time
@@ -33,6 +33,7 @@ def generate_windows(
     first_tokens: Sequence[int] | torch.Tensor | None = None,
     greedy: int = 4,
     temperature: float = 1.0,
+    on_batch: OnBatch | None = None,
 ) -> torch.Tensor:
     """Let a language model write windows of tokens.
 
@@ -50,6 +51,8 @@ def generate_windows(
             vocabulary without the special tokens that the model's config names.
         greedy: How many of the tokens after the first are the most probable ones.
         temperature: What logits are divided by before tokens are sampled.
+        on_batch: Called after every token of some windows with how many tokens are written, and
+            how many there will be.
 
     Returns:
         Token ids, int64, shape ``[count, length]``, in the memory of the CPU.
@@ -75,9 +78,17 @@ def generate_windows(
     if not allowed.numel():
         raise DataError("first_tokens is empty: there is nothing to begin a window with.")
     begin = allowed[torch.randint(len(allowed), (count,), generator=generator)].long()
+    written = 0
+
+    def note(tokens: int) -> None:
+        nonlocal written
+        written += tokens
+        if on_batch is not None:
+            on_batch(written, count * length)
+
     with torch.no_grad(), evaluating(model):
         parts = [
-            _continued(model, ids, length, greedy, temperature, generator)
+            _continued(model, ids, length, greedy, temperature, generator, note)
             for ids in torch.split(begin.unsqueeze(1), _TOGETHER)
         ]
     return torch.cat(parts)
@@ -106,8 +117,10 @@ def _continued(
     greedy: int,
     temperature: float,
     generator: torch.Generator,
+    note: Callable[[int], None],
 ) -> torch.Tensor:
     """Let the model continue first tokens ``[n, 1]``; return ``[n, length]``."""
+    note(len(ids))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     argument = _cache_argument(model)
     options: dict[str, Any] = {} if argument is None else {"use_cache": True}
@@ -130,6 +143,7 @@ def _continued(
         else:
             drawn = torch.multinomial(last.softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, drawn], dim=1)
+        note(len(drawn))
         cache = None if argument is None else getattr(output, argument, None)
         if argument is not None and cache is not None:
             options[argument] = cache

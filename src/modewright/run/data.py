@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 
 from modewright.calibration.augmentation import more_windows
+from modewright.calibration.forward import OnBatch
 from modewright.calibration.self_text import generate_windows
 from modewright.calibration.text import Split, fingerprint, load_documents, make_windows
 from modewright.errors import DataError
@@ -114,6 +115,7 @@ def load_data(
     uses_calibration: bool,
     calibration: object = None,
     evaluation: torch.Tensor | None = None,
+    on_batch: OnBatch | None = None,
 ) -> RunData:
     """Cut calibration and evaluation windows from text, or take what the caller brings.
 
@@ -125,12 +127,17 @@ def load_data(
     has_tokenizer = subject.tokenizer is not None
     if evaluation is None and has_tokenizer:
         evaluation = _windows(subject, recipe.evaluation, "evaluation")
-    data = load_calibration(recipe, subject, calibration) if uses_calibration else None
+    data = None
+    if uses_calibration:
+        data = load_calibration(recipe, subject, calibration, on_batch)
     return RunData(data, evaluation)
 
 
 def load_calibration(
-    recipe: Recipe, subject: Subject, calibration: object = None
+    recipe: Recipe,
+    subject: Subject,
+    calibration: object = None,
+    on_batch: OnBatch | None = None,
 ) -> CalibrationData | None:
     """Cut calibration windows from text, or take what the caller brings.
 
@@ -144,11 +151,13 @@ def load_calibration(
         return CalibrationData(calibration)
     if subject.tokenizer is None and set(recipe.calibration.windows_of) != {SELF}:
         return None
-    tokens = _windows(subject, recipe.calibration, "calibration")
+    tokens = _windows(subject, recipe.calibration, "calibration", on_batch)
     return CalibrationData([tokens[i : i + 1] for i in range(len(tokens))], fingerprint(tokens))
 
 
-def _windows(subject: Subject, text: TextData, split: Split) -> torch.Tensor:
+def _windows(
+    subject: Subject, text: TextData, split: Split, on_batch: OnBatch | None = None
+) -> torch.Tensor:
     """Return windows from all sources, int64 ``[windows, length]``, one source after another."""
     parts = []
     for source, count in text.windows_of.items():
@@ -156,7 +165,7 @@ def _windows(subject: Subject, text: TextData, split: Split) -> torch.Tensor:
             continue
         size: _Size = {"count": count, "length": text.length, "seed": text.seed}
         if source == SELF:
-            parts.append(generate_windows(subject.model, **size))
+            parts.append(generate_windows(subject.model, **size, on_batch=on_batch))
         else:
             documents = load_documents(source, split)
             parts.append(make_windows(documents, subject.encode(), **size))
@@ -167,5 +176,6 @@ def _windows(subject: Subject, text: TextData, split: Split) -> torch.Tensor:
         special=getattr(subject.tokenizer, "all_special_ids", ()),
         seed=text.seed,
         write=not any(p.is_meta for p in subject.model.parameters()),
+        on_batch=on_batch,
     )
     return torch.cat(parts)

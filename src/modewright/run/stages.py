@@ -74,6 +74,7 @@ class Run:
                 uses_calibration=self._uses_calibration(self.recipe.steps),
                 calibration=calibration,
                 evaluation=evaluation,
+                on_batch=self._on("data"),
             )
 
     def fingerprint(self, subject: Subject, data: RunData) -> str:
