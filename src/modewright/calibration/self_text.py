@@ -62,17 +62,7 @@ def generate_windows(
         DataError: The model is no language model with a known vocabulary, takes no windows of this
             length, or its logits are not finite.
     """
-    ranges = (("count", count, 1), ("length", length, 1), ("greedy", greedy, 0))
-    for name, value, least in ranges:
-        if value < least:
-            raise ConfigError(f"{name}: expected {least} or more, got {value}.")
-    if not temperature > 0:
-        raise ConfigError(f"temperature: expected more than 0, got {temperature}.")
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or length
-    if length > longest:
-        raise DataError(
-            f"The model takes {longest} tokens at most, but windows of {length} were asked for."
-        )
+    _check(model, count, length, greedy, temperature)
     generator = torch.Generator().manual_seed(seed)
     allowed = ordinary_tokens(model) if first_tokens is None else torch.as_tensor(first_tokens)
     if not allowed.numel():
@@ -92,6 +82,20 @@ def generate_windows(
             for ids in torch.split(begin.unsqueeze(1), _TOGETHER)
         ]
     return torch.cat(parts)
+
+
+def _check(model: nn.Module, count: int, length: int, greedy: int, temperature: float) -> None:
+    ranges = (("count", count, 1), ("length", length, 1), ("greedy", greedy, 0))
+    for name, value, least in ranges:
+        if value < least:
+            raise ConfigError(f"{name}: expected {least} or more, got {value}.")
+    if not temperature > 0:
+        raise ConfigError(f"temperature: expected more than 0, got {temperature}.")
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or length
+    if length > longest:
+        raise DataError(
+            f"The model takes {longest} tokens at most, but windows of {length} were asked for."
+        )
 
 
 def writes_text(model: nn.Module, window: torch.Tensor) -> bool:
