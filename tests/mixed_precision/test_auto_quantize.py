@@ -191,6 +191,22 @@ def test_workflow_goes_on_from_the_mixed_model_and_restores(
     assert size < modewright.inspect(small_lm()).bytes
 
 
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16_asym"])
+def test_zeros_of_a_sparse_model_are_kept(
+    model: SmallLm, batches: list[torch.Tensor], scheme: str
+) -> None:
+    modewright.apply_mode(model, ("sparse_magnitude", {"pattern": "2:4"}))
+    zeros = {n: m.weight == 0 for n, m in model.named_modules() if hasattr(m, "weight_mask")}
+    bounds = {"effective_bits": 6.0}
+    search(model, bounds, (MODE, {"candidates": [scheme, "w8a16"]}), calibration=batches)
+    modewright.apply_mode(model, ["mse", "export_quantize"])
+
+    assert zeros
+    for name, held in zeros.items():
+        assert held.float().mean() == 0.5
+        assert not model.get_submodule(name).weight[held].any()
+
+
 def test_mixed_model_is_exported_as_plain_layers(
     model: SmallLm, batches: list[torch.Tensor]
 ) -> None:
