@@ -33,7 +33,7 @@ struct Dot {
     const int8_t* end = from + steps * F * kBytes;
     do {
       each<OUTS>(EACH(o) {
-        _mm_prefetch(reinterpret_cast<const char*>(packed[o] + at + kAhead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(packed[o] + at + kAhead), _MM_HINT_NTA);
         const __m512i raw = raw_step<KIND, TAIL>(u, packed[o] + at, bytes - at);
         each<F>(EACH(f) {
           const __m512i unpacked = field<KIND, TABLE>(u, raw, f);
@@ -84,6 +84,8 @@ inline void take_shifts(const Job& job, int64_t row, const RowScales& rs, __m512
     });
   }
 }
+
+constexpr int64_t kScalesAhead = 96;  // outputs
 
 // Adds up the lanes of totals, and writes the sums side by side.
 inline void store_sums(const __m512 (&totals)[1], float* to) {
@@ -141,6 +143,7 @@ void dot_rows(const Job& job, const Unpacker& u, int64_t n, int64_t row, const R
 
 template <Kind KIND, bool TABLE, int OUTS>
 void dot_outputs(const Job& job, const Unpacker& u, int64_t n, const RowScales& rs) {
+  fetch_scales(*job.weight, n + kScalesAhead, OUTS);
   for (int o = 0; o < OUTS; ++o)
     row_scales(*job.weight, job.plan, u.groups, n + o, rs.scales[o], rs.shifts[o]);
   constexpr int kHalf = OUTS > 1 ? OUTS / 2 : 1;
@@ -161,9 +164,9 @@ void dot_outputs(const Job& job, const Unpacker& u, int64_t n, const RowScales& 
   if (job.rows - row >= 1) dot_rows<KIND, TABLE, 1, OUTS>(job, u, n, row, rs);
 }
 
-// Rows that are far apart and a power of two long would meet in the same sets of the cache, so only
-// short ones are read side by side.
-constexpr int64_t kShortRow = 512;
+// Outputs are read side by side, which shares what is read of x, where their rows lie within what is
+// fetched ahead. Codes of more bits leave memory less time: one after the other it is faster then.
+constexpr int64_t short_row(int bits) { return bits <= 4 ? 2048 : 1024; }
 
 template <Kind KIND, bool TABLE>
 void dot_kind(const Job& job, int64_t first, int64_t last) {
@@ -183,7 +186,7 @@ void dot_kind(const Job& job, int64_t first, int64_t last) {
   rs.lane_entry = _mm512_load_si512(lane_entry);
   rs.full_blocks = row_bytes(*job.weight) / (p.block_steps * u.step_bytes);
   int64_t n = first;
-  if (job.weight->packed_stride <= kShortRow)
+  if (job.weight->packed_stride <= short_row(job.weight->num_bits))
     for (; n + kOuts <= last; n += kOuts) dot_outputs<KIND, TABLE, kOuts>(job, u, n, rs);
   for (; n < last; ++n) dot_outputs<KIND, TABLE, 1>(job, u, n, rs);
   std::free(memory);

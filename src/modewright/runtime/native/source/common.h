@@ -87,9 +87,17 @@ inline void shift_values(const uint8_t* zeros, int64_t count, int bits, int zero
   }
 }
 
+// Repeats what a group has for all of its entries, in place.
 inline void spread(float* values, int64_t count, int64_t repeat, int64_t entries) {
-  for (int64_t e = entries - 1; e >= 0; --e)
-    values[e] = e / repeat < count ? values[e / repeat] : 0;  // beyond k codes of x are 0
+  if (count == 1) {
+    const float all = values[0];
+    for (int64_t e = 1; e < entries; ++e) values[e] = all;
+    return;
+  }
+  for (int64_t e = entries - 1; e >= count * repeat; --e) values[e] = 0;  // beyond k x is 0
+  int64_t e = entries < count * repeat ? entries : count * repeat;
+  for (int64_t group = (e - 1) / repeat; group >= 0; --group)
+    for (const float value = values[group]; e > group * repeat; --e) values[e - 1] = value;
 }
 
 // The scales of output `n` by entry, and how far its zero points lie above `zero` if it has some.
@@ -106,6 +114,20 @@ inline void entry_scales(const Weight& w, const Plan& plan, int64_t n, float* sc
   if (repeat == 1 && groups == plan.entries) return;
   spread(scales, groups, repeat, plan.entries);
   if (w.zero_point) spread(shifts, groups, repeat, plan.entries);
+}
+
+inline void fetch(const void* from, int64_t bytes) {
+  const char* at = static_cast<const char*>(from);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 0);
+}
+
+// Has the scales and zero points of some outputs brought into the cache.
+inline void fetch_scales(const Weight& w, int64_t n, int64_t count) {
+  const int64_t row = n / w.rows_per_scale, rows = count / w.rows_per_scale + 1;
+  const int64_t size = w.scale_kind == kFloat32 ? 4 : w.scale_kind == kFloat16 ? 2 : 1;
+  fetch(static_cast<const char*>(w.scale) + row * w.scale_stride * size,
+        rows * w.scale_stride * size);
+  if (w.zero_point) fetch(w.zero_point + row * w.zero_point_stride, rows * w.zero_point_stride);
 }
 
 inline void load_row(const void* x, Dtype dtype, int64_t k, int64_t padded, float* row) {

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common.h"
 #include "kernel.h"
 #include "pool.h"
 
@@ -39,6 +40,8 @@ int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
 
 int64_t up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
+constexpr int64_t kFetched = 8192;      // bytes of a weight, before it is multiplied
+constexpr int64_t kScalesFetched = 96;  // outputs, likewise
 constexpr int64_t kLargestEntry = 128;  // inputs that share a scale of x
 
 // False where groups are too small or too odd for the registers.
@@ -127,6 +130,8 @@ struct Arena {
 // One call for so many rows of x that all they need fits the caches of a core or nearly so.
 bool run(const Weight& w, const Isa& isa, const Plan& plan, const void* x, int64_t rows,
          Activation activation, float scale, const Output& out, int threads) {
+  fetch(w.packed, kFetched);  // arrives while x is quantized
+  fetch_scales(w, 0, kScalesFetched);
   const int64_t lanes = isa.vector_bytes / 4, all = rows * out.terms;
   const bool direct = out.terms == 1 && out.dtype == kF32;
   const int64_t of_row = 4 * plan.entries + 2 * plan.blocks * lanes + (direct ? 0 : w.n);
