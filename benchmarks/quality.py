@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+MOST_WRITTEN = 128  # windows that a recipe lets the model write
 sys.path.insert(0, str(HERE / "peers"))
 
 ROWS = [
@@ -40,8 +41,8 @@ ROWS = [
     "nvfp4 nvfp4-best",
     "mxfp4 mxfp4",
     "mxfp4 mxfp4-best",
-    "w4a16_g64_asym int4-best --minilm",
-    "w3a16_g64_asym int3-best --minilm",
+    "w4a16_g64_asym int4-encoder-best --minilm",
+    "w3a16_g64_asym int3-encoder-best --minilm",
     "w8a8 int8-best --minilm",
     # calibrated on text that the model wrote itself
     "w4a16_g64_asym int4@self",
@@ -61,7 +62,7 @@ def optimize(task: Any, model: Any) -> Any:
         if step.mode in ("export_quantize", "export_sparse", "compress"):
             continue
         config = dict(step.config)
-        if task.minilm and config.get("ignore") == ["lm_head"]:
+        if task.minilm and step.mode == "quantize":
             config |= {"ignore": [], "targets": ["encoder.layer.*"]}
         uses_data = modewright.default_registry[step.mode].uses_calibration
         data = {"calibration": batches} if uses_data else {}
@@ -81,22 +82,42 @@ def calibration(task: Any, model: Any, text: Any, only_self: bool) -> list[dict[
     from modewright.calibration.augmentation import more_windows
     from modewright.calibration.self_text import generate_windows
 
-    if not task.minilm:
-        task.windows = min(task.windows, text.windows)
+    if task.minilm:
+        batches = task.calibration()
+        count = round(text.augmented * len(batches) / text.windows)
+        ids = [batch["input_ids"] for batch in batches]
+        special = task.tokenizer().all_special_ids
+        more = more_windows(model, ids, count=count, special=special)
+        pairs = [(batches[index % len(batches)], row) for index, row in enumerate(more)]
+        return batches + [{**batch, "input_ids": row} for batch, row in pairs]
+    task.windows = min(task.windows, text.windows)
+    task.written = round(text.augmented * task.windows / text.windows)
+    if task.written:
+        write_windows(task, model)
     batches = task.calibration()
     if only_self:
         length = batches[0]["input_ids"].shape[1]
         rows = generate_windows(model, count=len(batches), length=length, seed=0).split(1)
         batches = [{"input_ids": row} for row in rows]
-    more = more_windows(
-        model,
-        [batch["input_ids"] for batch in batches],
-        count=round(text.augmented * len(batches) / text.windows),
-        special=task.tokenizer().all_special_ids,
-    )
-    return batches + [
-        {**batches[index % len(batches)], "input_ids": row} for index, row in enumerate(more)
-    ]
+    return batches
+
+
+def write_windows(task: Any, model: Any) -> None:
+    """Let the model write windows into the workspace, where every row finds them, peers' too."""
+    from measure import WRITTEN, cpu_seconds
+    from safetensors.torch import save_file
+
+    from modewright.calibration.self_text import generate_windows
+
+    file = task.workspace / WRITTEN
+    if file.exists():
+        return
+    spent = cpu_seconds()
+    length = task.tensor("calibration").shape[1]
+    rows = generate_windows(model, count=MOST_WRITTEN, length=length, seed=0)
+    spent = cpu_seconds() - spent
+    task.cpu_before -= spent  # each row counts its part of it
+    save_file({"windows": rows}, file, {"cpu_seconds": str(spent)})
 
 
 def table(folder: Path) -> str:

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from modewright.calibration.text import load_documents, make_windows
-from modewright.integrations.transformers import encode, load_language_model, save_assets
+from modewright.integrations.transformers import encode, load_model, save_assets
 
 CALIBRATION = {"count": 64, "length": 512}
 EVALUATION = {"count": 20, "length": 512}
@@ -72,7 +72,7 @@ def sentences_of(text: str) -> list[str]:
 def prepare(folder: Path, calibration: str, texts: dict[str, Path]) -> None:
     """Write the workspace."""
     folder.mkdir(parents=True, exist_ok=True)
-    loaded = load_language_model("demo:smollm2")
+    loaded = load_model("demo:smollm2")
     encoder = encode(loaded.tokenizer)
     loaded.model.save_pretrained(folder / "model")
     save_assets(loaded.model, loaded.tokenizer, folder / "model")

@@ -15,6 +15,7 @@ ITERATIONS = {"auto_round": 50, "rtn": 0}
 
 def optimize(task: measure.Task, model: torch.nn.Module) -> torch.nn.Module:
     """Return the model with weights rounded to the grid, in float32."""
+    windows = [example["input_ids"] for example in task.calibration()]
     tool = AutoRound(
         model,
         task.tokenizer(),
@@ -22,9 +23,9 @@ def optimize(task: measure.Task, model: torch.nn.Module) -> torch.nn.Module:
         group_size=task.scheme.group or -1,
         sym=task.scheme.symmetric,
         iters=ITERATIONS[task.algorithm],
-        dataset=[example["input_ids"] for example in task.calibration()],
-        nsamples=task.windows,
-        seqlen=task.tensor("calibration").shape[1],
+        dataset=windows,
+        nsamples=len(windows),
+        seqlen=windows[0].shape[1],
         batch_size=2,
         device_map="cpu",
         amp=False,

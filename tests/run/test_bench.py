@@ -13,7 +13,7 @@ from torch import nn
 
 import modewright
 from modewright.errors import ConfigError, DataError
-from modewright.integrations.transformers import load_language_model, save_assets
+from modewright.integrations.transformers import load_model, save_assets
 from modewright.reports.bench import bench_table
 from modewright.run.bench import bench, weight_bytes
 from support.language_models import tiny_recipe
@@ -59,7 +59,7 @@ def test_models_are_measured_in_turn() -> None:
 @pytest.fixture
 def folder(llama: Path, tmp_path: Path) -> Path:
     """What a run writes, in short."""
-    loaded = load_language_model(llama)
+    loaded = load_model(llama)
     modes = [("quantize", {"scheme": "w4a16", "targets": ["Linear", "Embedding"]}), "compress"]
     modewright.save(modewright.apply_mode(loaded.model, modes), tmp_path / "packed")
     save_assets(loaded.model, loaded.tokenizer, tmp_path / "packed")

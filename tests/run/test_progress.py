@@ -11,24 +11,25 @@ import torch
 from modewright.errors import ConfigError
 from modewright.evaluation.language import LanguageQuality
 from modewright.run.progress import Progress, require_replaceable
+from modewright.run.quality import Baseline
 
 
 def test_a_baseline_is_kept_exactly(tmp_path: Path) -> None:
     quality = LanguageQuality(loss=1.2345678901234567, tokens=10)
     reference = torch.randn(1, 3, 5)
-    Progress(tmp_path / "out", "same").keep_baseline(quality, reference)
+    Progress(tmp_path / "out", "same").keep_baseline(Baseline(quality, reference))
 
     known = Progress(tmp_path / "out", "same").baseline()
 
     assert known is not None
-    assert known[0] == quality
-    assert torch.equal(known[1], reference)
+    assert known.language == quality
+    assert torch.equal(known.reference, reference)
 
 
 @pytest.mark.parametrize("damage", ["progress.json", "reference.safetensors"])
 def test_damaged_progress_is_started_anew(tmp_path: Path, damage: str) -> None:
     quality = LanguageQuality(loss=1.0, tokens=10)
-    Progress(tmp_path / "out", "same").keep_baseline(quality, torch.randn(1, 3, 5))
+    Progress(tmp_path / "out", "same").keep_baseline(Baseline(quality, torch.randn(1, 3, 5)))
     (tmp_path / "out.partial" / damage).write_bytes(b"{")
 
     assert Progress(tmp_path / "out", "same").baseline() is None
@@ -36,7 +37,7 @@ def test_damaged_progress_is_started_anew(tmp_path: Path, damage: str) -> None:
 
 def test_a_run_without_output_keeps_nothing(tmp_path: Path) -> None:
     progress = Progress(None, "same")
-    progress.keep_baseline(LanguageQuality(loss=1.0, tokens=10), torch.randn(1, 3, 5))
+    progress.keep_baseline(Baseline(LanguageQuality(loss=1.0, tokens=10), torch.randn(1, 3, 5)))
     progress.publish()
 
     assert progress.baseline() is None

@@ -18,7 +18,7 @@ from torch import nn
 import modewright
 from modewright.errors import ApplyModeError, CheckpointError, ConfigError, DataError, MatchError
 from modewright.integrations.shards import Shards
-from modewright.integrations.transformers import build_from_config, load_language_model
+from modewright.integrations.transformers import build_from_config, load_model
 from modewright.modes.storage import read_manifest
 from modewright.run.optimize import dry_run
 from modewright.run.streaming.choice import is_streamed
@@ -55,7 +55,7 @@ def llama(tmp_path: Path) -> Path:
 
 def convert_whole(llama: Path, steps: list[Any], folder: Path) -> nn.Module:
     """Load a model, apply the modes to all of it, and save it."""
-    loaded = load_language_model(llama)
+    loaded = load_model(llama)
     model = modewright.apply_mode(loaded.model, modewright.load_recipe(recipe(steps)).modes())
     modewright.save(model, folder)
     return model.eval()

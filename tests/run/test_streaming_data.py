@@ -13,7 +13,7 @@ from torch import nn
 
 import modewright
 from modewright.errors import ConfigError, DataError
-from modewright.integrations.transformers import build_from_config, load_language_model
+from modewright.integrations.transformers import build_from_config, load_model
 from modewright.modes.storage import read_manifest
 from modewright.run.streaming.front import Front, StandIns
 from modewright.run.streaming.units import REST, Units
@@ -66,7 +66,7 @@ def optimize(llama: Path, steps: list[Any], output: Path, **more: Any) -> Any:
 def convert_whole(llama: Path, steps: list[Any], folder: Path) -> nn.Module:
     """Load a model, apply the modes to all of it, and save it."""
     model = modewright.apply_mode(
-        load_language_model(llama).model,
+        load_model(llama).model,
         modewright.load_recipe(recipe(steps)).modes(),
         mode_kwargs={"calibration": BATCHES},
     )
@@ -275,7 +275,7 @@ def test_blocks_that_are_not_a_chain_are_refused() -> None:
 
 
 def test_front_holds_no_more_than_what_runs_before_the_blocks(tmp_path: Path) -> None:
-    llama = load_language_model(save_llama(tmp_path / "llama")).model
+    llama = load_model(save_llama(tmp_path / "llama")).model
     units = Units(llama)
     stands = StandIns(units.shell(REST), llama, units.blocks)
 

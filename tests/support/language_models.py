@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random language model, saved as transformers saves it, and text it can read."""
+"""A tiny language model and encoder, saved as transformers saves them, and text they can read."""
 
 from __future__ import annotations
 
@@ -52,6 +52,36 @@ def save_tiny_llama(
         model = transformers.LlamaForCausalLM(config)
     sizes = {} if shard_size is None else {"max_shard_size": shard_size}
     model.to(dtype).save_pretrained(folder, **sizes)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_encoder(folder: Path, kind: str = "BertModel") -> Path:
+    """Write a small BERT, of one of its classes, whose tokenizer puts tokens around a text."""
+    import tokenizers
+    import transformers
+
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    inner: Any = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", cls_token="<s>", sep_token="</s>"
+    )
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)(config)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

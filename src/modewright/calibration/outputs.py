@@ -15,6 +15,7 @@ from modewright.calibration.forward import run_batch
 from modewright.calibration.precision import Precision, automatic_precision
 from modewright.calibration.unit_data import Original
 from modewright.errors import DataError
+from modewright.evaluation.outputs import main_output
 
 OutputLoss = Literal["auto", "kl", "mse"]
 _ROWS_IN_A_STEP = 1024
@@ -57,30 +58,6 @@ def output_distance(
             log_target=True,
         )
     return F.mse_loss(got, wanted) / wanted.var().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def main_output(output: Any, who: str) -> tuple[torch.Tensor, bool]:
-    """Return the tensor that outputs are compared by, and whether it holds logits.
-
-    Args:
-        output: What a model returned.
-        who: What compares them, for the message.
-
-    Raises:
-        DataError: It holds no tensor that is known.
-    """
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, torch.Tensor):
-        return logits, True
-    first = getattr(output, "last_hidden_state", output)
-    while isinstance(first, (tuple, list)) and first:
-        first = first[0]
-    if not isinstance(first, torch.Tensor):
-        raise DataError(
-            f"{who} compares outputs; a {type(output).__name__} holds no tensor that it knows "
-            "(`logits`, `last_hidden_state`, or the first of a tuple)."
-        )
-    return first, False
 
 
 def repeatable_batches(calibration: object, mode: str) -> Sequence[object]:

@@ -99,19 +99,33 @@ def _check(model: nn.Module, count: int, length: int, greedy: int, temperature: 
 
 
 def writes_text(model: nn.Module, window: torch.Tensor) -> bool:
-    """Whether a network predicts a token at every place: float ``[1, n, vocabulary]`` is returned.
+    """Whether a network predicts the next token: logits at a place do not see later ones.
+
+    So it is told from a network that fills gaps, whose logits depend on all places.
 
     Args:
         model: The network.
-        window: Token ids that it takes, int64 ``[1, n]``.
+        window: Token ids that it takes, int64 ``[1, n]`` with ``n >= 2``.
     """
+    first = _first_logits(model, window[:, :2])
+    known = ordinary_tokens(model)
+    if first is None or first.shape[-1] < len(known):
+        return False
+    later = known[known != window[0, 1]][:1]
+    other = _first_logits(model, torch.cat([window[:, :1], later[None].to(window)], 1))
+    near = 1e-3 * float(first.abs().max())
+    return other is not None and torch.allclose(first, other, rtol=0, atol=near)
+
+
+def _first_logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Return the logits at the first of two places, float32; ``None`` if there are none."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.no_grad(), evaluating(model):
-        output = model(window[:, :1].to(device))
+        output = model(tokens.to(device))
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-        return False
-    return logits.ndim == 3 and logits.shape[-1] >= len(ordinary_tokens(model))
+        return None
+    return logits[0, 0].float() if logits.ndim == 3 and logits.shape[1] == 2 else None
 
 
 def _continued(

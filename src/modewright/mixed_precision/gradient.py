@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from modewright.calibration.forward import evaluating, run_batch
-from modewright.calibration.outputs import frozen, main_output
+from modewright.calibration.outputs import frozen
 from modewright.calibration.precision import automatic_precision
+from modewright.evaluation.outputs import main_output
 from modewright.mixed_precision.observing import called_parts, running_precision
 from modewright.mixed_precision.trials import Trial
 from modewright.runtime.arguments import on_first

@@ -100,6 +100,11 @@ class Checks(_Part):
     max_kl_divergence: float | None = Field(
         default=None, description="Mean KL divergence from the original model, in nats."
     )
+    max_cosine_distance: float | None = Field(
+        default=None,
+        description="1 less the mean cosine similarity of outputs to the original's; for models "
+        "that are no language models.",
+    )
 
 
 class Recipe(_Part):

@@ -66,6 +66,8 @@ def _add_quality(table: Table, result: Result) -> None:
         increase = f"{number(after.loss)} ({result.loss_increase:+.4f})"
         table.add_row("loss, nats per token", number(before.loss), increase)
         table.add_row("KL divergence, nats", "", number(result.kl_divergence))
+    elif result.similarity is not None:
+        table.add_row("cosine similarity of outputs", "", number(result.similarity))
     else:
         table.add_row("quality", "", "not measured: no evaluation data, or streamed")
     if result.restored_identical:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from modewright.builtin_modes import default_registry
+from modewright.calibration.self_text import writes_text
 from modewright.errors import ConfigError, DataError
 from modewright.modes.checkpoint import restore
 from modewright.modes.registry import ModeRegistry
@@ -87,7 +88,7 @@ class BenchResult:
         models: The model, and after it the one that it is compared with, if any.
         threads: Threads that torch used.
         prompt: Tokens before decoding began.
-        length: Tokens of the prefill.
+        length: Tokens of the prefill, and of the text that an encoder takes.
     """
 
     models: tuple[Measured, ...]
@@ -156,10 +157,10 @@ def bench(
             a module.
         recipe: Optimize the model by it first; then it is compared with the model as it was.
         against: The model to compare with; a folder that a run wrote knows its original.
-        inputs: For models that are no language models: a tensor whose first axis counts samples.
+        inputs: For networks that take no tokens: a tensor whose first axis counts samples.
         threads: Threads for torch; as many as it uses now if left out.
         prompt: Tokens before decoding begins.
-        length: Tokens of the prefill.
+        length: Tokens of the prefill, and of the text that an encoder takes.
         tokens: Tokens that are decoded in one repetition.
         repeats: Repetitions.
         registry: Where modes are looked up; the default registry if left out.
@@ -217,7 +218,7 @@ def _opened(source: object, registry: ModeRegistry) -> _Subject:
         seconds = time.perf_counter() - begin
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     else:
-        loaded = hf.load_language_model(source)
+        loaded = hf.load_model(source)
         seconds = time.perf_counter() - begin
         model, size = loaded.model, loaded.bytes_on_disk
     return _Subject(str(source), model, size, seconds)
@@ -259,11 +260,15 @@ def _works(
     vocabulary = int(getattr(config, "vocab_size", 0))
     if vocabulary < 1:
         raise ConfigError(
-            f"{type(model).__name__} is no language model of Transformers: pass `inputs`."
+            f"{type(model).__name__} is no network of Transformers that takes tokens: pass "
+            "`inputs`."
         )
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, vocabulary, (1, max(prompt, length)), generator=generator)
     text = text.to(device_of(model))
+    if not writes_text(model, text):  # an encoder: it takes texts as a whole
+        longest = int(getattr(config, "max_position_embeddings", length))
+        return {"forward": _Work(lambda: _encoded(model, text[:, : min(length, longest)]))}
     started: list[Decoding] = []
 
     def decode() -> int:
@@ -279,6 +284,12 @@ def _works(
         return length
 
     return {"decode": _Work(decode, before_decode), "prefill": _Work(fill)}
+
+
+def _encoded(model: nn.Module, text: torch.Tensor) -> int:
+    with torch.no_grad():
+        model(text)
+    return text.numel()
 
 
 def _measured(

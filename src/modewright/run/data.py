@@ -155,6 +155,26 @@ def load_calibration(
     return CalibrationData([tokens[i : i + 1] for i in range(len(tokens))], fingerprint(tokens))
 
 
+def _text_windows(subject: Subject, documents: list[str], size: _Size) -> torch.Tensor:
+    """Cut windows; what is no language model gets each as a text, with the tokens around it."""
+    encode = subject.encode()
+    if subject.predicts_next_token:
+        return make_windows(documents, encode, **size)
+    from modewright.integrations.transformers import special_tokens_around
+
+    before, after = map(torch.tensor, special_tokens_around(subject.tokenizer))
+    length = size["length"] - len(before) - len(after)
+    longest = getattr(getattr(subject.model, "config", None), "max_position_embeddings", None)
+    if length < 1 or (longest is not None and size["length"] > longest):
+        raise DataError(
+            f"Windows of {size['length']} tokens were asked for; this model takes from "
+            f"{len(before) + len(after) + 1} to {longest} tokens. Set `length` in the recipe."
+        )
+    rows = make_windows(documents, encode, count=size["count"], length=length, seed=size["seed"])
+    around = [part.long().expand(len(rows), -1) for part in (before, after)]
+    return torch.cat([around[0], rows, around[1]], 1)
+
+
 def _windows(
     subject: Subject, text: TextData, split: Split, on_batch: OnBatch | None = None
 ) -> torch.Tensor:
@@ -167,8 +187,7 @@ def _windows(
         if source == SELF:
             parts.append(generate_windows(subject.model, **size, on_batch=on_batch))
         else:
-            documents = load_documents(source, split)
-            parts.append(make_windows(documents, subject.encode(), **size))
+            parts.append(_text_windows(subject, load_documents(source, split), size))
     parts += more_windows(
         subject.model,
         torch.split(torch.cat(parts), 1),

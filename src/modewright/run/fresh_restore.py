@@ -2,7 +2,7 @@
 """Proves a checkpoint: another process builds the model from the folder alone and runs it.
 
 The process knows nothing of the one that optimized: it reads ``config.json``, restores modes and
-weights, runs the probe and writes the logits, which are then compared bit for bit.
+weights, runs the probe and writes what comes out, which is then compared bit for bit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modewright.errors import CheckpointError
+from modewright.evaluation.outputs import main_output
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -26,28 +27,27 @@ def device_of(model: nn.Module) -> torch.device:
     return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
 
 
-def logits_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the logits of one window of tokens, ``[1, length, vocabulary]``."""
+def output_of(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
+    """Return what comes out for one input: logits, the last hidden state, or the only tensor."""
     with torch.no_grad():
-        output = model(tokens.to(device_of(model)))
-    logits: torch.Tensor = getattr(output, "logits", output)
-    return logits.detach().cpu().contiguous()
+        found, _ = main_output(model(probe.to(device_of(model))), "the proof of a checkpoint")
+    return found.detach().cpu().contiguous()
 
 
-def fresh_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the logits that a fresh process gets from the model in ``folder``.
+def fresh_output(folder: Path, probe: torch.Tensor) -> torch.Tensor:
+    """Return what a fresh process gets from the model in ``folder``.
 
     Args:
         folder: What a run saved.
-        tokens: int64 ``[1, length]``.
+        probe: One input, ``[1, ...]``.
 
     Raises:
         CheckpointError: That process failed; its last words are in the message.
     """
     with tempfile.TemporaryDirectory() as exchange:
-        probe, answer = Path(exchange) / "probe.safetensors", Path(exchange) / "logits.safetensors"
-        save_file({"tokens": tokens.contiguous()}, probe)
-        command = [sys.executable, "-m", __name__, str(folder), str(probe), str(answer)]
+        question, answer = Path(exchange) / "in.safetensors", Path(exchange) / "out.safetensors"
+        save_file({"probe": probe.contiguous()}, question)
+        command = [sys.executable, "-m", __name__, str(folder), str(question), str(answer)]
         command.append(str(torch.get_num_threads()))
         paths = os.pathsep.join(path for path in sys.path if path)  # finds what this one finds
         done = subprocess.run(
@@ -63,18 +63,18 @@ def fresh_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
                 f"A fresh process could not restore {folder} (exit code {done.returncode}):\n"
                 + "\n".join(words)
             )
-        logits: torch.Tensor = load_file(answer)["logits"]
-        return logits.clone()
+        found: torch.Tensor = load_file(answer)["output"]
+        return found.clone()
 
 
-def main(folder: str, probe: str, answer: str, threads: str) -> None:
+def main(folder: str, question: str, answer: str, threads: str) -> None:
     """Restore, run, write: what the fresh process does."""
     from modewright.api import restore
     from modewright.integrations.transformers import build_from_config
 
     torch.set_num_threads(int(threads))
     model = restore(build_from_config(Path(folder)), folder).eval()
-    save_file({"logits": logits_of(model, load_file(probe)["tokens"])}, answer)
+    save_file({"output": output_of(model, load_file(question)["probe"])}, answer)
 
 
 if __name__ == "__main__":

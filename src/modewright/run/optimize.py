@@ -49,8 +49,10 @@ def optimize(
             which is converted in place.
         recipe: The name of a recipe, a YAML file, its content, or a :class:`modewright.Recipe`.
         calibration: Batches, or a function that runs the model; overrides the recipe's data.
-        evaluation: Token windows ``[windows, length]`` int64 to measure with; overrides the
-            recipe's data, and is needed to measure a model that comes without a tokenizer.
+        evaluation: Token windows ``[windows, length]`` int64 to measure with, or what else a
+            network takes, ``[n, ...]``; overrides the recipe's data, and is needed to measure a
+            model that comes without a tokenizer. A language model is measured by its loss, another
+            network by how alike its outputs are to the original's.
         output: The folder to write; it appears when everything is done.
         stream: Go block by block from files to output; nothing is measured then, and the result's
             model has no weights. ``"auto"`` does so if the weights would fill half the free memory.
@@ -82,7 +84,7 @@ def optimize(
     with progress.result_folder() as folder:
         run.save(subject, optimized, folder)
         where = run.check_restored(subject, optimized, folder, data)
-        measured = (size_before, baseline, *run.measure(optimized, data, baseline))
+        measured = (size_before, baseline, run.measure(optimized, data, baseline))
         result = run.result(subject, optimized, data, target, where, measured)
         progress.keep_result(result)
         progress.publish()

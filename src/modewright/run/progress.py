@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,6 +28,7 @@ from modewright.modes.checkpoint import restore, save
 from modewright.modes.codec import dumps
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.storage import MANIFEST_NAME, replace_file, replace_text
+from modewright.run.quality import Baseline
 from modewright.run.result import Result, StepResult
 
 # A mode that took less than this is done again faster than the model is written and read.
@@ -99,23 +99,25 @@ class Progress:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / "result"
 
-    def baseline(self) -> tuple[LanguageQuality, torch.Tensor] | None:
+    def baseline(self) -> Baseline | None:
         """Return what an earlier run measured of the original model."""
         if self._output is None or "baseline" not in self._data:
             return None
         try:
-            reference = load_file(self._folder / "reference.safetensors")["log_probs"]
+            reference = load_file(self._folder / "reference.safetensors")["reference"]
         except (OSError, SafetensorError, KeyError):
             return None
-        return LanguageQuality(**self._data["baseline"]), reference.clone()
+        known = self._data["baseline"]
+        language = None if known is None else LanguageQuality(**known)
+        return Baseline(language, reference.clone())
 
-    def keep_baseline(self, quality: LanguageQuality, reference: torch.Tensor) -> None:
+    def keep_baseline(self, found: Baseline) -> None:
         """Write what was measured of the original model."""
         if self._output is None:
             return
         path = self._folder / "reference.safetensors"
-        replace_file(path, lambda temporary: save_file({"log_probs": reference}, temporary))
-        self._data["baseline"] = asdict(quality)
+        replace_file(path, lambda temporary: save_file({"reference": found.reference}, temporary))
+        self._data["baseline"] = None if found.language is None else asdict(found.language)
         self._write()
 
     def restored(self, model: nn.Module, registry: ModeRegistry) -> nn.Module:

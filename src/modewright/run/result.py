@@ -77,6 +77,8 @@ class Result:
         baseline: Quality of the original model; ``None`` if there was nothing to measure with.
         optimized: Quality of the optimized model.
         kl_divergence: Mean KL divergence of the optimized from the original model, nats per token.
+        similarity: Mean cosine similarity of the outputs to the original's, for a model that is no
+            language model.
         restored_identical: Whether the model restored from what was saved gave the same bits.
         restored_in: Where it was restored: "a fresh process" or "this process".
         skipped: What modes left alone, and why.
@@ -103,6 +105,7 @@ class Result:
     checks: tuple[Check, ...]
     calibration: str | None
     searches: tuple[SearchResult, ...] = ()
+    similarity: float | None = None
 
     @property
     def loss_increase(self) -> float | None:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from modewright.calibration.forward import run_batch
-from modewright.calibration.outputs import main_output
 from modewright.errors import ConfigError
+from modewright.evaluation.outputs import main_output
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.search import SearchResult, search
 from modewright.recipes.schema import RecipeStep, SearchPart

@@ -17,12 +17,6 @@ from modewright.builtin_modes import default_registry
 from modewright.calibration.text import fingerprint
 from modewright.errors import CheckpointError, ModewrightError
 from modewright.evaluation.comparison import tensors_identical
-from modewright.evaluation.language import (
-    LanguageQuality,
-    evaluate_language,
-    kl_divergence,
-    reference_log_probs,
-)
 from modewright.modes.apply import apply_mode
 from modewright.modes.checkpoint import inspect, restore, save
 from modewright.modes.codec import dumps
@@ -32,15 +26,16 @@ from modewright.modes.state import ModeState, note_fallback, state_of
 from modewright.quantization.size import packed_bytes
 from modewright.recipes.schema import Recipe, RecipeStep
 from modewright.run.data import RunData, load_data
-from modewright.run.fresh_restore import device_of, fresh_logits, logits_of
+from modewright.run.fresh_restore import device_of, fresh_output, output_of
 from modewright.run.metering import Meter
 from modewright.run.progress import Progress
+from modewright.run.quality import Baseline, Quality, measure_optimized, measure_original
 from modewright.run.result import Check, Result, Skipped, StepResult
 from modewright.run.searching import search_step
 from modewright.run.subject import Subject, open_subject
 
 OnProgress = Callable[[str, int, "int | None"], None]
-Baseline = tuple[LanguageQuality, torch.Tensor]
+NO_MATCH = "no module is called like this pattern of the recipe"
 
 
 @dataclass
@@ -98,12 +93,9 @@ class Run:
         if known is not None:
             return known
         with self.timed("baseline"):
-            quality = evaluate_language(
-                subject.model, data.evaluation, on_window=self._on("baseline")
-            )
-            reference = reference_log_probs(subject.model, data.evaluation)
-        progress.keep_baseline(quality, reference)
-        return quality, reference
+            found = measure_original(subject.model, data.evaluation, self._on("baseline"))
+        progress.keep_baseline(found)
+        return found
 
     def apply_steps(self, subject: Subject, data: RunData, progress: Progress) -> nn.Module:
         """Apply the recipe's modes, from where an interrupted run stopped."""
@@ -136,8 +128,8 @@ class Run:
         with self.timed("restore"):
             if self._can_be_fresh(subject, model) and data.probe is not None:
                 where = "a fresh process"
-                expected = logits_of(model.eval(), data.probe)
-                same = tensors_identical(fresh_logits(folder, data.probe), expected)
+                expected = output_of(model.eval(), data.probe)
+                same = tensors_identical(fresh_output(folder, data.probe), expected)
             else:
                 where = "this process"
                 same = self._restores_here(subject, model, folder, data.probe)
@@ -164,34 +156,27 @@ class Run:
         same = tensors_identical(again.state_dict(), model.state_dict())
         if same and probe is not None:
             again.train(model.training).to(device_of(model))
-            same = tensors_identical(logits_of(again, probe), logits_of(model, probe))
+            same = tensors_identical(output_of(again, probe), output_of(model, probe))
         return same
 
-    def measure(
-        self,
-        model: nn.Module,
-        data: RunData,
-        baseline: Baseline | None,
-    ) -> tuple[LanguageQuality | None, float | None]:
+    def measure(self, model: nn.Module, data: RunData, baseline: Baseline | None) -> Quality:
         """Measure the optimized model, and how far it is from the original."""
         if data.evaluation is None or baseline is None:
-            return None, None
+            return Quality()
         with self.timed("evaluation"):
-            quality = evaluate_language(model, data.evaluation, on_window=self._on("evaluation"))
-            return quality, kl_divergence(baseline[1], model, data.evaluation)
+            return measure_optimized(model, data.evaluation, baseline, self._on("evaluation"))
 
-    def checks(
-        self,
-        baseline: Baseline | None,
-        quality: LanguageQuality | None,
-        divergence: float | None,
-    ) -> tuple[Check, ...]:
+    def checks(self, baseline: Baseline | None, quality: Quality) -> tuple[Check, ...]:
         """Hold the measurements against the recipe's demands."""
-        increase = None if baseline is None or quality is None else quality.loss - baseline[0].loss
+        before = None if baseline is None else baseline.language
+        after = quality.language
+        increase = None if before is None or after is None else after.loss - before.loss
+        distance = None if quality.similarity is None else 1 - quality.similarity
         demands = self.recipe.checks
         wanted = (
             ("loss increase", demands.max_loss_increase, increase),
-            ("KL divergence", demands.max_kl_divergence, divergence),
+            ("KL divergence", demands.max_kl_divergence, quality.divergence),
+            ("cosine distance", demands.max_cosine_distance, distance),
         )
         return tuple(
             Check(name=name, limit=limit, value=value)
@@ -206,14 +191,14 @@ class Run:
         data: RunData,
         output: Path | None,
         restored_in: str,
-        measured: tuple[int, Baseline | None, LanguageQuality | None, float | None],
+        measured: tuple[int, Baseline | None, Quality],
     ) -> Result:
         """Put together everything that came out.
 
-        ``measured`` holds the size before, the original's quality, the optimized model's, and the
-        divergence between the two.
+        ``measured`` holds the size before, and what was measured of the original and of the
+        optimized model.
         """
-        size_before, baseline, quality, divergence = measured
+        size_before, baseline, quality = measured
         used = data.calibration is not None and data.calibration.was_used
         return Result(
             model=model,
@@ -225,13 +210,14 @@ class Run:
             size_before=size_before,
             size_after=inspect(model).bytes,
             packed_size=_packed_size(model),
-            baseline=None if baseline is None else baseline[0],
-            optimized=quality,
-            kl_divergence=divergence,
+            baseline=None if baseline is None else baseline.language,
+            optimized=quality.language,
+            kl_divergence=quality.divergence,
+            similarity=quality.similarity,
             restored_identical=True,
             restored_in=restored_in,
             skipped=skipped_of(model),
-            checks=self.checks(baseline, quality, divergence),
+            checks=self.checks(baseline, quality),
             calibration=data.calibration.fingerprint if used and data.calibration else None,
         )
 
@@ -312,9 +298,11 @@ def _packed_size(model: nn.Module) -> int | None:
 
 
 def skipped_of(model: nn.Module) -> tuple[Skipped, ...]:
-    """Return what the modes of a model left alone, and why."""
-    return tuple(
-        Skipped(mode=record.name, module=item["module"], reason=item["reason"])
-        for record in state_of(model) or ()
-        for item in record.metadata.get("skipped", ())
-    )
+    """Return what the modes of a model left alone, and why; patterns that matched nothing too."""
+    found = []
+    for record in state_of(model) or ():
+        for item in record.metadata.get("skipped", ()):
+            found.append(Skipped(mode=record.name, module=item["module"], reason=item["reason"]))
+        for pattern in record.metadata.get("unmatched", ()):
+            found.append(Skipped(mode=record.name, module=pattern, reason=NO_MATCH))
+    return tuple(found)

@@ -7,12 +7,14 @@ import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from modewright.calibration.self_text import ordinary_tokens, writes_text
 from modewright.errors import ConfigError, DataError
 from modewright.modes.checkpoint import restore
 from modewright.modes.manifest import tensor_digest
@@ -57,6 +59,13 @@ class Subject:
         from modewright.integrations.transformers import build_from_config
 
         return build_from_config(folder).eval()
+
+    @cached_property
+    def predicts_next_token(self) -> bool:
+        """Whether it is a language model; one without weights is taken for one."""
+        if any(p.is_meta for p in self.model.parameters()):
+            return True
+        return writes_text(self.model, ordinary_tokens(self.model)[None, :2])
 
     def encode(self) -> Callable[[str], list[int]]:
         """Return the function from text to token ids.
@@ -108,7 +117,7 @@ def _open_files(source: str | Path, registry: ModeRegistry) -> Subject:
 
     folder = Path(source)
     if not (folder / MANIFEST_NAME).is_file():
-        loaded = hf.load_language_model(source)
+        loaded = hf.load_model(source)
         return Subject(loaded.model, loaded.source, loaded.tokenizer, None, loaded.revision)
     model = restore(hf.build_from_config(folder), folder, registry=registry).eval()
     digest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()

@@ -84,10 +84,7 @@ class Steps:
     def __init__(self, recipe: Recipe, registry: ModeRegistry) -> None:
         for index, step in enumerate(recipe.steps):
             _check(recipe, index, step)
-        if (
-            recipe.checks.max_loss_increase is not None
-            or recipe.checks.max_kl_divergence is not None
-        ):
+        if any(limit is not None for _, limit in recipe.checks):
             raise ConfigError(
                 f"{recipe.place('checks')}: streaming never holds the whole model, so it measures "
                 "no quality and cannot check it. Leave `checks` out, and measure the result with "
