@@ -133,10 +133,16 @@ def table(folder: Path) -> str:
         quality = quality or f"cosine {row['similarity']:.4f}"
         divergence = " / ".join(f"{value:.4f}" for _, value in sorted(row.get("kl", {}).items()))
         lines.append(
-            f"| {row['model']} | {row['scheme']} | {row['peer']} | {row['algorithm']} "
+            f"| {row['model']} | {row['scheme']} | {row['peer']} | {algorithm_of(row)} "
             f"| {quality} | {divergence} | {row['cpu_seconds']:.0f} | {row['peak_gb']:.1f} |"
         )
     return "\n".join(lines)
+
+
+def algorithm_of(row: dict[str, Any]) -> str:
+    """Return the algorithm of a row, and which windows another tool got besides the text's."""
+    more = row.get("written", 0) if row["peer"] != "modewright" else 0
+    return row["algorithm"] + (f" + {more} written" if more else "")
 
 
 def _order(row: dict[str, Any]) -> tuple[str, str, float]:

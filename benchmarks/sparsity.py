@@ -22,6 +22,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quality import algorithm_of
+
 HERE = Path(__file__).parent
 
 ROWS = [
@@ -48,7 +50,7 @@ def table(folder: Path) -> str:
         increase = " / ".join(f"{value:.3f}" for _, value in sorted(row["loss_increase"].items()))
         divergence = " / ".join(f"{value:.3f}" for _, value in sorted(row["kl"].items()))
         lines.append(
-            f"| {row['scheme']} | {row['peer']} | {row['algorithm']} | {increase} | {ratio} "
+            f"| {row['scheme']} | {row['peer']} | {algorithm_of(row)} | {increase} | {ratio} "
             f"| {divergence} | {row['cpu_seconds']:.0f} |"
         )
     return "\n".join(lines)

@@ -5,7 +5,9 @@
 
 makes a virtual environment for each tool, runs the rows of :data:`ROWS` one after another in them,
 and prints the results as a table. A row whose JSON file is in the results folder is not run again;
-``--table`` runs nothing. All runs take one thread, so that their costs can be compared.
+``--table`` runs nothing. Rows with ``--written`` need windows that the model wrote, which the first
+row of ``benchmarks/quality.py`` with such a recipe leaves in the workspace. All runs take one
+thread, so that their costs can be compared.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ ROWS = [
     "auto_round w3a16_g64_asym auto_round --kl",
     "auto_round w2a16_g64_asym auto_round --kl",
     "auto_round w4a16 auto_round --kl",
+    "auto_round w2a16_g64_asym auto_round --written 128 --kl",
     "llmcompressor w8a8 smoothquant --kl",
     "llmcompressor w8a8 rtn --kl",
     "llmcompressor fp8 rtn --kl",
@@ -61,6 +64,8 @@ ROWS = [
     "llmcompressor s50 sparsegpt --kl",
     "llmcompressor s50 wanda --kl",
     "llmcompressor 2to4 sparsegpt --kl",
+    "llmcompressor s50 wanda --written 64 --kl",
+    "llmcompressor 2to4 sparsegpt --written 64 --kl",
     "llmcompressor 2to4_w4a16_g64_asym sparsegpt --windows 32 --kl",
     "llmcompressor w4a16_g64 gptq --minilm",
     "llmcompressor w3a16_g64 gptq --minilm",
@@ -72,6 +77,7 @@ def output_of(row: str, results: Path) -> Path:
     """Return where the result of a row lies."""
     script, scheme, algorithm, *more = row.split()
     name = f"{script}-{scheme}-{algorithm}" + ("-minilm" if "--minilm" in more else "")
+    name += "-written" if "--written" in more else ""
     return results / f"{name}.json"
 
 
