@@ -33,6 +33,11 @@ from modewright.formats.scaling import ScaleFormat, max_scale, round_scale, scal
 
 Scales = tuple[torch.Tensor, torch.Tensor | None]
 
+STEPS = 6
+"""Places that each end of a range is moved to."""
+SHRINK = 0.1
+"""The smallest part of the max range that is tried."""
+
 _SLAB = 1 << 17  # values searched at a time: few enough for a processor's cache
 _UPDATES = 2
 _SHIFTS = (0, 1, -1, 0)  # of the zero point, when the scale is fitted to it
@@ -106,8 +111,8 @@ def mse_scale(
     global_scale: torch.Tensor | None = None,
     *,
     importance: torch.Tensor | None = None,
-    steps: int = 6,
-    shrink: float = 0.1,
+    steps: int = STEPS,
+    shrink: float = SHRINK,
 ) -> Scales:
     """Return for every group the scale and zero point with the least squared error found.
 
@@ -179,7 +184,7 @@ def _search_symmetric(
     best: BestScale, weights: torch.Tensor | None, steps: int, shrink: float
 ) -> None:
     """Try a coarse grid, a finer one around its best place, and then the closed form."""
-    base, highest = best.scale, _highest_factor(best.fmt)
+    base, highest = best.scale, highest_factor(best.fmt)
     extent = max(best.fmt.max_value, -best.fmt.min_value) / best.fmt.max_value
     needed = (best.values.abs() - _tolerance(best, weights)).amax(dim=-1)
     needed = needed / (base * best.fmt.max_value * extent)
@@ -233,7 +238,7 @@ def _tolerance(best: BestScale, weights: torch.Tensor | None) -> torch.Tensor:
     return error.sqrt() if weights is None else (error / weights).sqrt()
 
 
-def _highest_factor(fmt: NumberFormat) -> float:
+def highest_factor(fmt: NumberFormat) -> float:
     """Return the multiple of the max scale beyond which nothing new is gained.
 
     Integers and tables: there the largest code begins to lie idle. Floating-point numbers: their

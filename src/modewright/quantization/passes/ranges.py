@@ -23,7 +23,6 @@ from modewright.errors import DataError
 from modewright.formats.catalogue import NumberFormat
 from modewright.quantization.algorithms.entropy import entropy_range, mse_range
 from modewright.quantization.algorithms.hqq import hqq_scale
-from modewright.quantization.algorithms.mse import mse_scale
 from modewright.quantization.algorithms.percentile import percentile_range
 from modewright.quantization.blockwise import walking_precision
 from modewright.quantization.config import (
@@ -41,6 +40,7 @@ from modewright.quantization.passes.records import (
     set_max_scale,
     settle_shared,
 )
+from modewright.quantization.passes.scales import mse_scale
 from modewright.quantization.quantizer import Quantizer
 
 Metadata = dict[str, Any]

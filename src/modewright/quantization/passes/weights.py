@@ -7,8 +7,8 @@ import torch
 
 from modewright.errors import ConfigError
 from modewright.formats.affine import quantize
-from modewright.quantization.algorithms.mse import mse_scale
 from modewright.quantization.layers import QuantizedLayer
+from modewright.quantization.passes.scales import mse_scale
 
 
 class WeightGrid:

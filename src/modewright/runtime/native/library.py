@@ -63,6 +63,9 @@ class Library:
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int),
         ]
         self.linear.restype = ctypes.c_int
+        self.search_scales = loaded.mw_search_scales
+        self.search_scales.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        self.search_scales.restype = None
         self._fits = loaded.mw_fits
         self._fits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self._name = loaded.mw_isa

@@ -63,6 +63,20 @@ struct Job {
   float* out;          // [rows][n]
 };
 
+// A search of scales. Mirrored by modewright.runtime.native.scales.SearchStruct.
+struct ScaleSearch {
+  const float* values;      // [rows][groups][size]
+  const float* counts;      // what squared errors count: [groups][size], of rows too, or null
+  float* scale;             // [rows][groups]: those to begin with, and then the best
+  float* zero;              // the same of zero points, or null
+  int64_t rows, groups, size;
+  float low, high;          // the codes' range
+  float shrink, highest;    // parts of the first scale that are tried
+  int32_t steps;
+  int32_t has_zero;
+  int32_t counts_of_rows;
+};
+
 // One instruction set.
 struct Isa {
   const char* name;
@@ -73,6 +87,7 @@ struct Isa {
   void (*dot)(const Job&, int64_t first, int64_t last);
   void (*interleave)(const Job&);                           // null: there is no panel kernel
   void (*panel)(const Job&, int64_t first, int64_t last);
+  void (*search)(const ScaleSearch&, int64_t first, int64_t last);  // of rows
 };
 
 const Isa* scalar_isa();

@@ -205,4 +205,13 @@ MW_EXPORT int mw_linear(const Weight* weight, const void* x, int64_t rows, const
   return 0;
 }
 
+// Searches the scales of all groups, by instruction set `place` (3 for the best), on so many
+// threads.
+MW_EXPORT void mw_search_scales(const ScaleSearch* search, int place, int threads) {
+  const Isa* isa = place == 3 ? best_isa() : isa_at(place);
+  parallel(threads, search->rows, 1, [=](int64_t first, int64_t last) {
+    isa->search(*search, first, last);
+  });
+}
+
 }  // extern "C"

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "common.h"
+#include "scales.h"
 
 namespace mw {
 namespace {
@@ -35,7 +36,7 @@ void dot(const Job& job, int64_t first, int64_t last) {
   }
 }
 
-const Isa kIsa = {"scalar", 4, INT64_MAX, quantize_row<4>, dot, nullptr, nullptr};
+const Isa kIsa = {"scalar", 4, INT64_MAX, quantize_row<4>, dot, nullptr, nullptr, search_rows};
 
 }  // namespace
 
