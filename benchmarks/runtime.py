@@ -75,6 +75,7 @@ WEIGHTS = {
         None,
     ),
     "fp8": ({"format": "fp8_e4m3"}, None),
+    "nf4 g64": ({"format": "nf4", "granularity": "group", "group_size": 64}, None),
 }
 DEFAULT = ("int4 g64", "int8", "int8, int8 activations")
 

@@ -74,8 +74,8 @@ class Buffered(Backend):
         act_scale: torch.Tensor | None,
     ) -> torch.Tensor:
         rows = simulated(x, act, act_scale).reshape(-1, x.shape[-1])
-        dtype = torch.bfloat16 if _fast_bfloat16() else torch.float32
-        weight = _buffer(prepared.weight.spec.shape, dtype)
+        dtype = torch.bfloat16 if fast_bfloat16() else torch.float32
+        weight = kept_buffer(prepared.weight.spec.shape, dtype)
         after = scales_outputs(prepared.weight)
         unpack_into(weight, prepared, scaled=not after)
         result = F.linear(rows.to(dtype), weight)
@@ -147,7 +147,8 @@ def _byte_values(name: str, offset: int) -> torch.Tensor:
 _kept = threading.local()
 
 
-def _buffer(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def kept_buffer(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return the memory that this thread unpacks weights into, ``shape``; values are left over."""
     size = shape[0] * shape[1]
     kept: torch.Tensor | None = getattr(_kept, "memory", None)
     if kept is None or kept.numel() < size or kept.dtype != dtype:
@@ -156,5 +157,6 @@ def _buffer(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
 
 
 @cache
-def _fast_bfloat16() -> bool:
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -100,11 +100,7 @@ class Native(Backend):
             options |= DTYPES[bias.dtype] << 2
         if self.terms == 2 and act is None:
             options |= _TWO_TERMS
-        if (
-            prepared.packed.data_ptr() != prepared.packed_at
-            or prepared.scale.data_ptr() != prepared.scale_at
-        ):
-            prepared.locate()
+        prepared.update()
         failed = prepared.multiply(
             prepared.address,
             x.data_ptr(),

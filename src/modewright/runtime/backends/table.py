@@ -12,6 +12,7 @@ from modewright.runtime.backends.int4pack import Int4Pack
 from modewright.runtime.backends.int8pack import Int8Pack
 from modewright.runtime.backends.int_mm import IntMm
 from modewright.runtime.backends.native import Native
+from modewright.runtime.backends.native_floats import NativeFloats
 from modewright.runtime.backends.onednn import OneDnnInt8
 from modewright.runtime.backends.portable import Portable
 
@@ -21,6 +22,7 @@ def backends() -> dict[str, Backend]:
     """Return all backends by name, in the order of preference."""
     made: tuple[Backend, ...] = (
         Native(),
+        NativeFloats(),
         Int4Pack(),
         Int8Pack(),
         OneDnnInt8(),

@@ -25,7 +25,15 @@ SOURCE = Path(__file__).parent / "source"
 BUNDLED = Path(__file__).parent / "bundled"
 COMPILERS = ("c++", "g++", "clang++")
 SECONDS = 120
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread")
+_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-pthread",
+    "-Wno-psabi",
+)
 _X86 = {"x86_64", "amd64"}
 _OF_FILE = {
     "avx2.cpp": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),

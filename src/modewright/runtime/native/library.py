@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -49,6 +50,9 @@ class WeightStruct(ctypes.Structure):
         ("scale_kind", ctypes.c_int32),
         ("zero", ctypes.c_int32),
         ("multiplier", ctypes.c_float),
+        ("float_shift", ctypes.c_int32),
+        ("float_factor", ctypes.c_float),
+        ("values", ctypes.c_void_p),
     )
 
 
@@ -66,6 +70,18 @@ class Library:
         self.search_scales = loaded.mw_search_scales
         self.search_scales.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self.search_scales.restype = None
+        self.float_linear = loaded.mw_float_linear
+        self.float_linear.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+        ]
+        self.float_linear.restype = None
+        self.float_unpack = loaded.mw_float_unpack
+        self.float_unpack.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64),
+            *(ctypes.c_int, ctypes.c_int),
+        ]
+        self.float_unpack.restype = None
         self._fits = loaded.mw_fits
         self._fits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self._name = loaded.mw_isa
@@ -95,6 +111,19 @@ def _loaded() -> Library | str:
         return str(error)
 
 
+# Floats of 8 bits: how far their mantissa is from a float's, and what that one lacks
+_FLOATS = {"fp8_e4m3": (20, 2.0**120), "fp8_e5m2": (21, 2.0**112)}
+
+
+def float_problem(spec: PackedSpec) -> str | None:
+    """Return why the library cannot read a weight of floats or of a table, or ``None``."""
+    if spec.format in _FLOATS:
+        return None
+    if spec.format != "nf4":
+        return f"{spec.format} is no fp8 and no nf4"
+    return "groups of nf4 begin in the middle of a byte" if spec.tile[1] % 2 else None
+
+
 def format_problem(spec: PackedSpec) -> str | None:
     """Return why the kernel cannot read a format, or ``None``."""
     if spec.format in _TABLES or spec.format.removeprefix("u").startswith("int"):
@@ -102,7 +131,7 @@ def format_problem(spec: PackedSpec) -> str | None:
     return f"{spec.format} is not a format of small whole numbers"
 
 
-def struct_of_spec(spec: PackedSpec) -> tuple[WeightStruct, ctypes.Array[ctypes.c_uint8] | None]:
+def struct_of_spec(spec: PackedSpec) -> tuple[WeightStruct, ctypes.Array[Any] | None]:
     """Return what a spec says of a weight, and the table that the struct points to."""
     rows, columns = spec.shape
     high, wide = spec.tile
@@ -116,8 +145,13 @@ def struct_of_spec(spec: PackedSpec) -> tuple[WeightStruct, ctypes.Array[ctypes.
     struct.zero = 1 << (spec.num_bits - 1)
     if spec.has_zero_point:
         struct.zero_point_stride = shapes["zero_point"][0][1]
-    table = None
-    if spec.format in _TABLES:
+    table: ctypes.Array[Any] | None = None
+    if spec.format in _FLOATS:
+        struct.float_shift, struct.float_factor = _FLOATS[spec.format]
+    elif spec.format == "nf4":
+        table = (ctypes.c_float * 16)(*code_values(spec.number_format))
+        struct.values = ctypes.addressof(table)
+    elif spec.format in _TABLES:
         units, struct.zero = _TABLES[spec.format]
         values = code_values(spec.number_format)
         numbers = [int(value * units) + struct.zero for value in values]
@@ -131,7 +165,7 @@ class NativeWeight:
     """A packed weight as the kernel reads it: where its tensors are. Nothing is copied."""
 
     __slots__ = (
-        *("address", "columns", "kept", "multiply"),
+        *("address", "columns", "kept", "kernels", "multiply"),
         *("packed", "packed_at", "rows", "scale", "scale_at"),
     )
 
@@ -139,12 +173,17 @@ class NativeWeight:
         struct, table = struct_of_spec(weight.spec)
         if weight.global_scale is not None:
             struct.multiplier *= float(weight.global_scale)
-        self.multiply = kernels.linear
+        self.multiply, self.kernels = kernels.linear, kernels
         self.rows, self.columns = weight.spec.shape
         self.packed, self.scale = weight.packed, weight.scale
         self.kept = (struct, table, weight.zero_point)
         self.address = ctypes.addressof(struct)
         self.locate()
+
+    def update(self) -> None:
+        """Take the addresses anew if tensors were moved."""
+        if self.packed.data_ptr() != self.packed_at or self.scale.data_ptr() != self.scale_at:
+            self.locate()
 
     def locate(self) -> None:
         """Take the addresses anew: sharing a model's memory between processes moves tensors."""

@@ -2,6 +2,7 @@
 // AVX2: Intel since Haswell, AMD since Zen. There is no product of u8 and s8 in int32 here: pairs
 // are summed in int16, which 7 bits fit, so the codes of 8 bits are taken apart once more.
 #include "common.h"
+#include "floats.h"
 #include "scales.h"
 #include "each.h"
 
@@ -177,7 +178,7 @@ void dot(const Job& job, int64_t first, int64_t last) {
   }
 }
 
-const Isa kIsa = {"avx2", kBytes, INT64_MAX, quantize_row<kBytes>, dot, nullptr, nullptr, search_rows};
+const Isa kIsa = {"avx2", kBytes, INT64_MAX, quantize_row<kBytes>, dot, nullptr, nullptr, search_rows, float_dot, float_unpack};
 
 }  // namespace
 

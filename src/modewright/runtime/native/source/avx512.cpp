@@ -6,6 +6,7 @@
 #include "avx512_dot.h"
 #include "avx512_panel.h"
 #include "avx512_quantize.h"
+#include "floats.h"
 #include "scales.h"
 
 namespace mw {
@@ -43,7 +44,7 @@ void panel(const Job& job, int64_t first, int64_t last) {
   }
 }
 
-const Isa kIsa = {"avx512", kBytes, 2, quantize, dot, interleave, panel, search_rows};
+const Isa kIsa = {"avx512", kBytes, 2, quantize, dot, interleave, panel, search_rows, float_dot, float_unpack};
 
 }  // namespace
 

@@ -29,6 +29,10 @@ struct Weight {
   int32_t scale_kind;         // float32, float16, e8m0, e4m3, as in ScaleKind
   int32_t zero;               // the number that stands for 0 (where zero_point is null)
   float multiplier;           // all scales are to be multiplied with it
+  // Of floating-point numbers with 8 bits (floats.h) how far their bits are from those of a float:
+  int32_t float_shift;
+  float float_factor;
+  const float* values;        // numbers that codes of 4 bits stand for, 16, or null
 };
 
 enum ScaleKind { kFloat32 = 0, kFloat16 = 1, kE8M0 = 2, kE4M3 = 3 };
@@ -88,6 +92,9 @@ struct Isa {
   void (*interleave)(const Job&);                           // null: there is no panel kernel
   void (*panel)(const Job&, int64_t first, int64_t last);
   void (*search)(const ScaleSearch&, int64_t first, int64_t last);  // of rows
+  void (*float_dot)(const Weight&, const float* x, int64_t x_stride, int64_t rows, float* out,
+                    int64_t first, int64_t last);
+  void (*float_unpack)(const Weight&, void* to, Dtype, int64_t first, int64_t last);
 };
 
 const Isa* scalar_isa();

@@ -205,6 +205,31 @@ MW_EXPORT int mw_linear(const Weight* weight, const void* x, int64_t rows, const
   return 0;
 }
 
+// y = x W^T for weights of floating-point numbers or with a table of values; x, y: float32, each row
+// of x followed by 16 floats that may be read. Bias: float32 or null.
+MW_EXPORT void mw_float_linear(const Weight* weight, const float* x, int64_t x_stride, int64_t rows,
+                               const float* bias, float* y, int place, int threads) {
+  const Isa* isa = place == 3 ? best_isa() : isa_at(place);
+  parallel(threads, weight->n, 16, [=](int64_t first, int64_t last) {
+    isa->float_dot(*weight, x, x_stride, rows, y, first, last);
+    if (!bias) return;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t n = first; n < last; ++n) y[r * weight->n + n] += bias[n];
+  });
+}
+
+// Writes what rows `first` to `last` of such a weight stand for: [last - first][k], float32 or
+// bfloat16.
+MW_EXPORT void mw_float_unpack(const Weight* weight, void* to, int dtype, int64_t first,
+                               int64_t last, int place, int threads) {
+  const Isa* isa = place == 3 ? best_isa() : isa_at(place);
+  const int64_t row = weight->k * (dtype == kF32 ? 4 : 2);
+  parallel(threads, last - first, 16, [=](int64_t begin, int64_t end) {
+    char* at = static_cast<char*>(to) + begin * row;
+    isa->float_unpack(*weight, at, Dtype(dtype), first + begin, first + end);
+  });
+}
+
 // Searches the scales of all groups, by instruction set `place` (3 for the best), on so many
 // threads.
 MW_EXPORT void mw_search_scales(const ScaleSearch* search, int place, int threads) {

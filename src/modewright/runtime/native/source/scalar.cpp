@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "common.h"
+#include "floats.h"
 #include "scales.h"
 
 namespace mw {
@@ -36,7 +37,7 @@ void dot(const Job& job, int64_t first, int64_t last) {
   }
 }
 
-const Isa kIsa = {"scalar", 4, INT64_MAX, quantize_row<4>, dot, nullptr, nullptr, search_rows};
+const Isa kIsa = {"scalar", 4, INT64_MAX, quantize_row<4>, dot, nullptr, nullptr, search_rows, float_dot, float_unpack};
 
 }  // namespace
 

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weights of small floating-point numbers, and of numbers from a table, as they are: products of few
+// rows in float32, and unpacking for those of many. Included into each instruction set, as common.h
+// is; vectors of 16 numbers become as many registers as there have to be.
+#pragma once
+#include "common.h"
+#include "each.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace mw {
+namespace {
+
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
+
+constexpr int64_t kAtOnce = 16;
+constexpr int64_t kFloatAhead = 4096;  // bytes that are fetched ahead
+
+#define MW_INLINE inline __attribute__((always_inline))
+
+MW_INLINE Floats floats_at(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// 16 bytes as words; compilers do not find these instructions by themselves.
+MW_INLINE Words words_at(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return Words(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  const __m256i halves[2] = {
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))),
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8)))};
+  Words wide;
+  std::memcpy(&wide, halves, sizeof wide);
+  return wide;
+#else
+  Bytes raw;
+  std::memcpy(&raw, from, sizeof raw);
+  return __builtin_convertvector(raw, Words);
+#endif
+}
+
+inline Words words_of_some(const uint8_t* from, int64_t count) {
+  uint8_t raw[kAtOnce] = {};
+  std::memcpy(raw, from, count);
+  return words_at(raw);
+}
+
+// The codes of one weight, 16 at a time; TABLE: four bits each, looked up.
+template <bool TABLE>
+struct Numbers {
+  const uint8_t* row;
+  int64_t bytes;
+  int shift;
+  float factor;
+  const float* values;
+
+  // Numbers i to i + 16; those beyond `count` are 0.
+  MW_INLINE Floats at(int64_t i, int64_t count) const {
+#if defined(__AVX512F__)
+    if (TABLE && count >= kAtOnce) {
+      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + i / 2));
+      const __m512i wide = _mm512_cvtepu8_epi64(eight);  // the upper four bits go one word up
+      const __m512i codes = _mm512_or_si512(wide, _mm512_slli_epi64(wide, 28));
+      const __m512i low = _mm512_and_si512(codes, _mm512_set1_epi32(15));
+      return Floats(_mm512_permutexvar_ps(low, _mm512_loadu_ps(values)));
+    }
+#endif
+    if (TABLE) {
+      uint8_t codes[8] = {};
+      std::memcpy(codes, row + i / 2, count < kAtOnce ? (count + 1) / 2 : 8);
+      float found[kAtOnce];
+      for (int64_t l = 0; l < kAtOnce; ++l)
+        found[l] = l < count ? values[codes[l / 2] >> (4 * (l & 1)) & 15] : 0.0f;
+      return floats_at(found);
+    }
+    const Words wide = count < kAtOnce ? words_of_some(row + i, count) : words_at(row + i);
+    const Words bits = (wide & 0x80) << 24 | (wide & 0x7f) << shift;
+    Floats value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value * factor;
+  }
+};
+
+template <bool TABLE>
+MW_INLINE Numbers<TABLE> numbers_of(const Weight& w, int64_t n) {
+  const int64_t bytes = (w.k * w.num_bits + 7) / 8;
+  return {w.packed + n * w.packed_stride, bytes, w.float_shift, w.float_factor, w.values};
+}
+
+inline float sum_of(Floats lanes) {
+  float parts[kAtOnce];
+  std::memcpy(parts, &lanes, sizeof parts);
+  for (int64_t half = kAtOnce / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) parts[l] += parts[l + half];
+  return parts[0];
+}
+
+inline int64_t groups_of(const Weight& w) {
+  return w.group >= w.k ? 1 : (w.k + w.group - 1) / w.group;
+}
+
+// OUTS outputs of ROWS rows of x, each `x_stride` floats from the last: they share what is read of
+// x. Sums of few are kept in several parts, so that no addition waits for the one before it.
+template <bool TABLE, int ROWS, int OUTS>
+MW_INLINE void float_block(const Weight& w, int64_t n, const float* x, int64_t x_stride,
+                           const float* scales, int64_t groups, float* out) {
+  constexpr int kParts = ROWS * OUTS == 1 ? 4 : ROWS * OUTS == 2 ? 2 : 1;
+  constexpr int64_t kStep = kParts * kAtOnce;
+  Numbers<TABLE> numbers[OUTS];
+  each<OUTS>(EACH(o) { numbers[o] = numbers_of<TABLE>(w, n + o); });
+  const int64_t group = groups == 1 ? w.k : w.group;
+  Floats total[OUTS][ROWS] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t end = (g + 1) * group < w.k ? (g + 1) * group : w.k;
+    Floats sum[kParts][OUTS][ROWS] = {};
+    int64_t i = g * group;
+    for (; i + kStep <= end; i += kStep)
+      each<kParts>(EACH(p) {
+        const int64_t at = i + p * kAtOnce;
+        Floats part[ROWS];
+        each<ROWS>(EACH(r) { part[r] = floats_at(x + at + r * x_stride); });
+        each<OUTS>(EACH(o) {
+          __builtin_prefetch(numbers[o].row + at * w.num_bits / 8 + kFloatAhead, 0, 0);
+          const Floats value = numbers[o].at(at, kAtOnce);
+          each<ROWS>(EACH(r) { sum[p][o][r] += value * part[r]; });
+        });
+      });
+    for (; i < end; i += kAtOnce)
+      each<OUTS>(EACH(o) {
+        const Floats value = numbers[o].at(i, end - i);
+        each<ROWS>(EACH(r) { sum[0][o][r] += value * floats_at(x + i + r * x_stride); });
+      });
+    each<OUTS>(EACH(o) {
+      each<ROWS>(EACH(r) {
+        for (int p = 1; p < kParts; ++p) sum[0][o][r] += sum[p][o][r];
+        total[o][r] += sum[0][o][r] * scales[o * groups + g];
+      });
+    });
+  }
+  each<OUTS>(EACH(o) { each<ROWS>(EACH(r) { out[r * w.n + o] = sum_of(total[o][r]); }); });
+}
+
+template <bool TABLE, int OUTS>
+MW_INLINE void float_rows(const Weight& w, int64_t n, const float* x, int64_t x_stride, int64_t rows,
+                          float* scales, int64_t groups, float* out) {
+  for (int o = 0; o < OUTS; ++o)
+    scale_values(w, (n + o) / w.rows_per_scale * w.scale_stride, groups, scales + o * groups);
+  int64_t r = 0;
+  for (; rows - r >= 4; r += 4)
+    float_block<TABLE, 4, OUTS>(w, n, x + r * x_stride, x_stride, scales, groups, out + r * w.n + n);
+  for (; rows - r >= 2; r += 2)
+    float_block<TABLE, 2, OUTS>(w, n, x + r * x_stride, x_stride, scales, groups, out + r * w.n + n);
+  if (r < rows)
+    float_block<TABLE, 1, OUTS>(w, n, x + r * x_stride, x_stride, scales, groups, out + r * w.n + n);
+}
+
+template <bool TABLE>
+void float_outputs(const Weight& w, const float* x, int64_t x_stride, int64_t rows, float* out,
+                   int64_t first, int64_t last) {
+  constexpr int kOuts = 4;
+  const int64_t groups = groups_of(w);
+  float* scales = static_cast<float*>(memory_of(size_t(kOuts * groups) * sizeof(float)));
+  int64_t n = first;
+  if (rows > 1)
+    for (; n + kOuts <= last; n += kOuts)
+      float_rows<TABLE, kOuts>(w, n, x, x_stride, rows, scales, groups, out);
+  for (; n < last; ++n) float_rows<TABLE, 1>(w, n, x, x_stride, rows, scales, groups, out);
+  std::free(scales);
+}
+
+MW_INLINE void store_floats(Floats value, float* to) { std::memcpy(to, &value, sizeof value); }
+
+MW_INLINE void store_floats(Floats value, uint16_t* to) {
+  Words bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+#if defined(__AVX512F__)
+  const Halves low = Halves(_mm512_cvtepi32_epi16(__m512i(bits)));
+#else
+  const Halves low = __builtin_convertvector(bits, Halves);
+#endif
+  std::memcpy(to, &low, sizeof low);
+}
+
+// Writes what rows `first` to `last` of a weight stand for: [last - first][k].
+template <bool TABLE, class Out>
+void unpack_rows(const Weight& w, Out* to, int64_t first, int64_t last) {
+  const int64_t groups = groups_of(w), group = groups == 1 ? w.k : w.group;
+  float* scales = static_cast<float*>(memory_of(size_t(groups) * sizeof(float)));
+  for (int64_t n = first; n < last; ++n) {
+    const Numbers<TABLE> numbers = numbers_of<TABLE>(w, n);
+    scale_values(w, n / w.rows_per_scale * w.scale_stride, groups, scales);
+    Out* row = to + (n - first) * w.k;
+    for (int64_t g = 0; g < groups; ++g) {
+      const float scale = scales[g];
+      const int64_t end = (g + 1) * group < w.k ? (g + 1) * group : w.k;
+      int64_t i = g * group;
+      for (; i + kAtOnce <= end; i += kAtOnce) {
+        __builtin_prefetch(numbers.row + i * w.num_bits / 8 + kFloatAhead, 0, 0);
+        store_floats(numbers.at(i, kAtOnce) * scale, row + i);
+      }
+      if (i >= end) continue;
+      Out rest[kAtOnce];
+      store_floats(numbers.at(i, end - i) * scale, rest);
+      std::memcpy(row + i, rest, (end - i) * sizeof(Out));
+    }
+  }
+  std::free(scales);
+}
+
+template <class Out>
+void unpack_as(const Weight& w, Out* to, int64_t first, int64_t last) {
+  if (w.values) unpack_rows<true>(w, to, first, last);
+  else unpack_rows<false>(w, to, first, last);
+}
+
+inline void float_dot(const Weight& w, const float* x, int64_t x_stride, int64_t rows, float* out,
+                      int64_t first, int64_t last) {
+  if (w.values) float_outputs<true>(w, x, x_stride, rows, out, first, last);
+  else float_outputs<false>(w, x, x_stride, rows, out, first, last);
+}
+
+inline void float_unpack(const Weight& w, void* to, Dtype dtype, int64_t first, int64_t last) {
+  if (dtype == kF32) unpack_as(w, static_cast<float*>(to), first, last);
+  else unpack_as(w, static_cast<uint16_t*>(to), first, last);
+}
+
+}  // namespace
+}  // namespace mw
