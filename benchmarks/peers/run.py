@@ -59,7 +59,6 @@ ROWS = [
     "modelopt w8a16 max --kl",
     "torchao w8a8 rtn --kl",
     "quanto w4a16 rtn --kl",
-    "quanto fp8 rtn --kl",
     "gptqmodel w4a16_g64_asym gptq --kl",
     "llmcompressor s50 sparsegpt --kl",
     "llmcompressor s50 wanda --kl",
