@@ -49,10 +49,8 @@ def optimize(
             which is converted in place.
         recipe: The name of a recipe, a YAML file, its content, or a :class:`modewright.Recipe`.
         calibration: Batches, or a function that runs the model; overrides the recipe's data.
-        evaluation: Token windows ``[windows, length]`` int64 to measure with, or what else a
-            network takes, ``[n, ...]``; overrides the recipe's data, and is needed to measure a
-            model that comes without a tokenizer. A language model is measured by its loss, another
-            network by how alike its outputs are to the original's.
+        evaluation: Token windows ``[windows, length]`` int64, or what else a network takes, to
+            measure with; overrides the recipe's data, needed by a model without a tokenizer.
         output: The folder to write; it appears when everything is done.
         stream: Go block by block from files to output; nothing is measured then, and the result's
             model has no weights. ``"auto"`` does so if the weights would fill half the free memory.

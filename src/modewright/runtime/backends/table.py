@@ -15,6 +15,7 @@ from modewright.runtime.backends.native import Native
 from modewright.runtime.backends.native_floats import NativeFloats
 from modewright.runtime.backends.onednn import OneDnnInt8
 from modewright.runtime.backends.portable import Portable
+from modewright.runtime.backends.triton import Triton
 
 
 @cache
@@ -27,6 +28,7 @@ def backends() -> dict[str, Backend]:
         Int8Pack(),
         OneDnnInt8(),
         IntMm(),
+        Triton(),
         Buffered(),
         Portable(),
     )
