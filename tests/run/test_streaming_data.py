@@ -12,11 +12,15 @@ import torch
 from torch import nn
 
 import modewright
+from modewright.calibration.augmentation import more_windows
+from modewright.calibration.text import fingerprint
 from modewright.errors import ConfigError, DataError
 from modewright.integrations.transformers import build_from_config, load_model
 from modewright.modes.storage import read_manifest
+from modewright.run.data import load_data
 from modewright.run.streaming.front import Front, StandIns
 from modewright.run.streaming.units import REST, Units
+from modewright.run.subject import open_subject
 from support.language_models import save_tiny_llama, write_text
 
 LAYERS = 3
@@ -117,6 +121,25 @@ def test_text_is_cut_as_in_an_ordinary_run(tmp_path: Path) -> None:
     whole = modewright.optimize(llama, work, output=tmp_path / "whole")
     require_same(tmp_path / "streamed", tmp_path / "whole")
     assert streamed.calibration == whole.calibration
+
+
+def test_windows_are_repeated_with_other_tokens_where_nothing_can_be_written(
+    tmp_path: Path,
+) -> None:
+    llama, text = save_llama(tmp_path / "llama"), write_text(tmp_path / "text.txt")
+    data = {"source": str(text), "windows": 3, "length": 16}
+    plain = recipe(RECIPES["gptq"], calibration=data, evaluation=data)
+    more = recipe(RECIPES["gptq"], calibration={**data, "augmented": 2}, evaluation=data)
+
+    streamed = modewright.optimize(llama, more, output=tmp_path / "streamed", stream=True)
+
+    subject = open_subject(llama, registry=modewright.default_registry)
+    loaded = load_data(modewright.load_recipe(plain), subject, uses_calibration=True)
+    assert loaded.calibration is not None
+    windows = list(loaded.calibration.batches())
+    special = subject.tokenizer.all_special_ids
+    made = more_windows(subject.model, windows, count=2, special=special, write=False)
+    assert streamed.calibration == fingerprint(torch.cat([*windows, *made]))
 
 
 def test_blocks_of_other_architectures_are_called_as_their_models_call_them(tmp_path: Path) -> None:

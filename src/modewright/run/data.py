@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -15,6 +16,7 @@ from modewright.calibration.self_text import generate_windows
 from modewright.calibration.text import Split, fingerprint, load_documents, make_windows
 from modewright.errors import DataError
 from modewright.recipes.schema import SELF, Recipe, TextData
+from modewright.run.kept_text import KeptText, is_written
 from modewright.run.subject import Subject
 
 
@@ -115,6 +117,7 @@ def load_data(
     uses_calibration: bool,
     calibration: object = None,
     evaluation: torch.Tensor | None = None,
+    output: Path | None = None,
     on_batch: OnBatch | None = None,
 ) -> RunData:
     """Cut calibration and evaluation windows from text, or take what the caller brings.
@@ -129,7 +132,7 @@ def load_data(
         evaluation = _windows(subject, recipe.evaluation, "evaluation")
     data = None
     if uses_calibration:
-        data = load_calibration(recipe, subject, calibration, on_batch)
+        data = load_calibration(recipe, subject, calibration, output, on_batch)
     return RunData(data, evaluation)
 
 
@@ -137,9 +140,12 @@ def load_calibration(
     recipe: Recipe,
     subject: Subject,
     calibration: object = None,
+    output: Path | None = None,
     on_batch: OnBatch | None = None,
 ) -> CalibrationData | None:
     """Cut calibration windows from text, or take what the caller brings.
+
+    What the model writes is kept beside the ``output`` until that is made.
 
     Returns:
         The data; ``None`` if there is neither.
@@ -151,8 +157,21 @@ def load_calibration(
         return CalibrationData(calibration)
     if subject.tokenizer is None and set(recipe.calibration.windows_of) != {SELF}:
         return None
-    tokens = _windows(subject, recipe.calibration, "calibration", on_batch)
+    tokens = _kept_windows(subject, recipe.calibration, output, on_batch)
     return CalibrationData([tokens[i : i + 1] for i in range(len(tokens))], fingerprint(tokens))
+
+
+def _kept_windows(
+    subject: Subject, text: TextData, output: Path | None, on_batch: OnBatch | None
+) -> torch.Tensor:
+    if output is None or not is_written(text):
+        return _windows(subject, text, "calibration", on_batch)
+    kept = KeptText(output, text, subject.revision())
+    tokens = kept.read()
+    if tokens is None:
+        tokens = _windows(subject, text, "calibration", on_batch)
+        kept.keep(tokens)
+    return tokens
 
 
 def _text_windows(subject: Subject, documents: list[str], size: _Size) -> torch.Tensor:

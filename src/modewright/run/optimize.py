@@ -74,7 +74,7 @@ def optimize(
     require_replaceable(target)
     subject = run.load(model)
     plan_recipe(subject.model, run.recipe.steps, run.registry).require_ok()
-    data = run.load_data(subject, calibration, evaluation)
+    data = run.load_data(subject, calibration, evaluation, target)
     progress = Progress(target, "" if target is None else run.fingerprint(subject, data))
     size_before = inspect(subject.model).bytes
     baseline = run.measure_baseline(subject, data, progress)

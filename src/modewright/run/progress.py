@@ -2,9 +2,9 @@
 """What a run leaves behind while it works, so that a killed one goes on where it stopped.
 
 Beside the output ``DIR`` lies ``DIR.partial`` until the run has finished: ``progress.json``, the
-original model's predictions, the model after the last mode worth keeping, and the result that is
-being written. The output itself appears in one rename. Progress of another run (another model,
-recipe, data or version) is discarded.
+original model's predictions, the model after the last mode worth keeping, the result that is being
+written, and text that the model wrote (`kept_text`). The output itself appears in one rename.
+Progress of another run (another model, recipe, data or version) is discarded.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from modewright.modes.checkpoint import restore, save
 from modewright.modes.codec import dumps
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.storage import MANIFEST_NAME, replace_file, replace_text
+from modewright.run.kept_text import FILE, partial_folder
 from modewright.run.quality import Baseline
 from modewright.run.result import Result, StepResult
 
@@ -55,14 +56,13 @@ class Progress:
         if output is None:
             return
         require_replaceable(output)
-        self._folder = output.with_name(f"{output.name}.partial")
+        self._folder = partial_folder(output)
         replaced = self._folder / "replaced"
         if replaced.exists() and not output.exists():  # killed between the two renames
             replaced.rename(output)
         known = self._read()
         if known.get("fingerprint") != fingerprint:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir(parents=True)
+            self._discard()
             self._write()
         else:
             self._data = known
@@ -156,6 +156,15 @@ class Progress:
             self._output.rename(old)
         (self._folder / "result").rename(self._output)
         shutil.rmtree(self._folder)
+
+    def _discard(self) -> None:
+        """Remove what another run left, but for text: that says itself for which runs it is."""
+        for left in self._folder.iterdir() if self._folder.is_dir() else ():
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            elif left.name != FILE:
+                left.unlink()
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -59,7 +59,11 @@ class Run:
             return open_subject(model, registry=self.registry)
 
     def load_data(
-        self, subject: Subject, calibration: object, evaluation: torch.Tensor | None
+        self,
+        subject: Subject,
+        calibration: object,
+        evaluation: torch.Tensor | None,
+        output: Path | None = None,
     ) -> RunData:
         """Cut windows from text, or take what the caller brings."""
         with self.timed("data"):
@@ -69,6 +73,7 @@ class Run:
                 uses_calibration=self._uses_calibration(self.recipe.steps),
                 calibration=calibration,
                 evaluation=evaluation,
+                output=output,
                 on_batch=self._on("data"),
             )
 
