@@ -28,6 +28,9 @@ def recalibrate_norms(
 ) -> None:
     """Gather the statistics of batch norms anew; buffers are replaced, not written into.
 
+    The variance is that of all values together: what batches differ by is part of it. While they
+    run, each is normalized by its own statistics, so batches should be alike: mixed, and large.
+
     Args:
         model: The network. Train flags are put back.
         batches: What it is run on; every batch counts the same.
@@ -38,6 +41,14 @@ def recalibrate_norms(
         return
     flags = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
+    moments: dict[int, list[torch.Tensor]] = {id(norm): [] for norm in norms}
+
+    def watch(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        values = args[0].detach().float().transpose(0, 1).flatten(1)
+        var, mean = torch.var_mean(values, 1, correction=0)
+        moments[id(norm)].append(torch.stack([mean, var + mean.square()]))
+
+    hooks = [norm.register_forward_pre_hook(watch) for norm in norms]
     try:
         model.eval()
         for norm in norms:
@@ -48,11 +59,24 @@ def recalibrate_norms(
         with torch.no_grad():
             for batch in batches:
                 run(model, batch)
+        for norm in norms:
+            _set_moments(norm, moments[id(norm)])
     finally:
+        for hook in hooks:
+            hook.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, flag in flags:
             module.training = flag
+
+
+def _set_moments(norm: Any, found: Sequence[torch.Tensor]) -> None:
+    """Take mean and variance from the moments of batches; a norm that never ran has none."""
+    if not found:
+        return
+    mean, square = torch.stack(tuple(found)).mean(0)
+    norm.running_mean = mean.to(norm.running_mean.dtype)
+    norm.running_var = (square - mean.square()).clamp_min(0).to(norm.running_var.dtype)
 
 
 def norm_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
