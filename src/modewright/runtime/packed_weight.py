@@ -24,8 +24,8 @@ So a number is ``(code - zero_point) * scale``, where the zero point of signed i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -48,8 +48,10 @@ _E8M0_BIAS = 127
 class PackedWeight:
     """A spec and its tensors; the module's docstring says what is in them.
 
-    Two are equal only if they are the same object, so that what a backend prepares for one can be
-    kept beside it.
+    Two are equal only if they are the same object.
+
+    Attributes:
+        plans: What backends prepared for this weight; not copied with it.
 
     Raises:
         ConfigError: A tensor has another shape, dtype or layout than the spec says.
@@ -60,6 +62,11 @@ class PackedWeight:
     scale: torch.Tensor
     zero_point: torch.Tensor | None = None
     global_scale: torch.Tensor | None = None
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this object alone."""
+        return {**self.__dict__, "plans": {}}
 
     def __post_init__(self) -> None:
         expected = self.spec.tensor_shapes()

@@ -16,7 +16,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -31,7 +30,6 @@ SWITCH = "MODEWRIGHT_BACKENDS"
 """Set to ``measure``, backends are chosen by timing them on every new kind of weight."""
 
 _Plan = tuple[Backend, Any, int | None]  # and the version of the packed tensor it was made for
-_plans: WeakKeyDictionary[PackedWeight, dict[Any, _Plan]] = WeakKeyDictionary()
 _allowed: list[tuple[str, ...]] = []
 
 
@@ -75,8 +73,7 @@ def linear(
     size = (count > FEW_ROWS * columns) + (count > SOME_ROWS * columns)
     size += count > MORE_ROWS * columns
     key = (x.dtype, x.is_cpu, act, size)
-    kept = _plans.get(weight)
-    plan = None if kept is None else kept.get(key)
+    plan: _Plan | None = weight.plans.get(key)
     if (
         plan is None
         or _allowed
@@ -132,7 +129,7 @@ def _new_plan(weight: PackedWeight, x: torch.Tensor, act: str | None, key: Any) 
     rows = x.numel() // max(x.shape[-1], 1)
     case = Case(weight.spec, x.device.type, x.dtype, act, rows)
     backend = choose(case, measure=os.environ.get(SWITCH) == "measure")
-    kept = _plans.setdefault(weight, {})
+    kept = weight.plans
     version = None if weight.packed.is_inference() else weight.packed._version
     plan = kept.get((backend.name,))
     if plan is None or plan[2] != version:
