@@ -14,7 +14,8 @@ quantization. ``GB/s`` are the bytes of the weight as it is stored, to be compar
 activations as the scheme says) in float32.
 
 ``--all`` times every backend that does not refuse; otherwise only the one that is picked. ONNX
-Runtime, OpenVINO and torchao are in the table where they can be imported (``peers/single_layers.py``).
+Runtime, OpenVINO and torchao are in the table where they can be imported: see
+``peers/single_layers.py``.
 """
 
 from __future__ import annotations
