@@ -57,7 +57,9 @@ def test_flops_of_grouped_products_are_those_of_the_products_one_by_one() -> Non
     assert found == {"flops": 2 * 8 * 16 * 24}
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=["tensor", "tuple", "keywords"]
+)
 def test_inputs_are_tensors_tuples_or_keywords(wrap: Any) -> None:
     assert measure_cost(MLP.make(), wrap(MLP.inputs), ["flops"])["flops"] > 0
 
