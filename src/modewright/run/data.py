@@ -129,7 +129,8 @@ def load_data(
     """
     has_tokenizer = subject.tokenizer is not None
     if evaluation is None and has_tokenizer:
-        evaluation = _windows(subject, recipe.evaluation, "evaluation")
+        found = _windows_of_text(subject, recipe.evaluation, "evaluation")
+        evaluation = torch.cat(list(found.values()))
     data = None
     if uses_calibration:
         data = load_calibration(recipe, subject, calibration, output, on_batch)
@@ -157,19 +158,22 @@ def load_calibration(
         return CalibrationData(calibration)
     if subject.tokenizer is None and set(recipe.calibration.windows_of) != {SELF}:
         return None
-    tokens = _kept_windows(subject, recipe.calibration, output, on_batch)
+    tokens = _calibration_windows(subject, recipe.calibration, output, on_batch)
     return CalibrationData([tokens[i : i + 1] for i in range(len(tokens))], fingerprint(tokens))
 
 
-def _kept_windows(
+def _calibration_windows(
     subject: Subject, text: TextData, output: Path | None, on_batch: OnBatch | None
 ) -> torch.Tensor:
+    """Return calibration windows; those that a model wrote are kept beside the output."""
+    found = _windows_of_text(subject, text, "calibration")
     if output is None or not is_written(text):
-        return _windows(subject, text, "calibration", on_batch)
-    kept = KeptText(output, text, subject.revision())
+        return _complete(subject, text, found, on_batch)
+    marks = [subject.revision(), *(fingerprint(windows) for windows in found.values())]
+    kept = KeptText(output, text, marks)
     tokens = kept.read()
     if tokens is None:
-        tokens = _windows(subject, text, "calibration", on_batch)
+        tokens = _complete(subject, text, found, on_batch)
         kept.keep(tokens)
     return tokens
 
@@ -194,19 +198,30 @@ def _text_windows(subject: Subject, documents: list[str], size: _Size) -> torch.
     return torch.cat([around[0], rows, around[1]], 1)
 
 
-def _windows(
-    subject: Subject, text: TextData, split: Split, on_batch: OnBatch | None = None
+def _windows_of_text(subject: Subject, text: TextData, split: Split) -> dict[str, torch.Tensor]:
+    """Return windows ``[n, length]`` of every source but what the model writes."""
+    return {
+        source: _text_windows(
+            subject,
+            load_documents(source, split),
+            {"count": count, "length": text.length, "seed": text.seed},
+        )
+        for source, count in text.windows_of.items()
+        if count and source != SELF
+    }
+
+
+def _complete(
+    subject: Subject, text: TextData, found: dict[str, torch.Tensor], on_batch: OnBatch | None
 ) -> torch.Tensor:
-    """Return windows from all sources, int64 ``[windows, length]``, one source after another."""
+    """Return windows of all sources, one after another, and those that the recipe wants besides."""
     parts = []
     for source, count in text.windows_of.items():
-        if not count:
-            continue
-        size: _Size = {"count": count, "length": text.length, "seed": text.seed}
-        if source == SELF:
+        if source in found:
+            parts.append(found[source])
+        elif count:
+            size: _Size = {"count": count, "length": text.length, "seed": text.seed}
             parts.append(generate_windows(subject.model, **size, on_batch=on_batch))
-        else:
-            parts.append(_text_windows(subject, load_documents(source, split), size))
     parts += more_windows(
         subject.model,
         torch.split(torch.cat(parts), 1),

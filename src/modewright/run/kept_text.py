@@ -8,6 +8,7 @@ beside the progress of a run, where a run with another recipe for the same outpu
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ class KeptText:
     Args:
         output: The folder that the run is to make; ``None`` keeps nothing.
         text: What the recipe says of the text.
-        revision: A digest of the model.
+        marks: Digests of all else that the windows follow from: the model, and text that was found.
     """
 
-    def __init__(self, output: Path | None, text: TextData, revision: str) -> None:
+    def __init__(self, output: Path | None, text: TextData, marks: Sequence[str]) -> None:
         self._file = None if output is None else partial_folder(output) / FILE
-        parts = [text.model_dump(mode="json"), revision, __version__, torch.__version__]
+        parts = [text.model_dump(mode="json"), list(marks), __version__, torch.__version__]
         self._key = hashlib.sha256(dumps(parts).encode()).hexdigest()
 
     def read(self) -> torch.Tensor | None:
