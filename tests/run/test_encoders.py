@@ -16,7 +16,7 @@ from modewright.run.bench import bench
 from modewright.run.data import load_data
 from modewright.run.optimize import optimize
 from modewright.run.subject import open_subject
-from support.language_models import save_tiny_encoder, tiny_recipe, write_text
+from support.language_models import save_tiny_encoder, tiny_recipe
 
 pytest.importorskip("transformers")
 
@@ -26,11 +26,6 @@ W8A16 = {"mode": "quantize", "config": {"scheme": "w8a16"}}
 @pytest.fixture
 def encoder(tmp_path: Path) -> Path:
     return save_tiny_encoder(tmp_path / "encoder")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return write_text(tmp_path / "text.txt")
 
 
 def test_an_encoder_from_files_is_optimized_measured_and_proven(
