@@ -11,17 +11,11 @@ from torch.nn import functional as F
 
 from modewright.runtime.backends.base import Case
 from modewright.runtime.backends.native_floats import NativeFloats
-from modewright.runtime.native.library import ISAS, library
 from modewright.runtime.packed_weight import PackedWeight
+from support.kernel_library import each_isa, needs_library
 from support.packed_weights import group, random_weight
 
-LIBRARY = library()
-pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no kernel library: {LIBRARY}")
-HERE: tuple[str, ...] = () if isinstance(LIBRARY, str) else LIBRARY.isas
-each_isa = pytest.mark.parametrize(
-    "isa",
-    [pytest.param(i, marks=pytest.mark.skipif(i not in HERE, reason="not here")) for i in ISAS],
-)
+pytestmark = needs_library
 FORMATS = ["fp8_e4m3", "fp8_e5m2", "nf4"]
 GRANULARITIES: dict[str, dict[str, Any]] = {
     "group 32": group(32),

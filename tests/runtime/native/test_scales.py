@@ -12,16 +12,10 @@ from modewright.formats.affine import quantize
 from modewright.formats.catalogue import format_named
 from modewright.formats.scaling import max_scale
 from modewright.quantization.algorithms.mse import SHRINK, STEPS, highest_factor, mse_scale
-from modewright.runtime.native.library import ISAS, library
 from modewright.runtime.native.scales import search_scales
+from support.kernel_library import each_isa, needs_library
 
-LIBRARY = library()
-pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no kernel library: {LIBRARY}")
-HERE: tuple[str, ...] = () if isinstance(LIBRARY, str) else LIBRARY.isas
-each_isa = pytest.mark.parametrize(
-    "isa",
-    [pytest.param(i, marks=pytest.mark.skipif(i not in HERE, reason="not here")) for i in ISAS],
-)
+pytestmark = needs_library
 Scales = tuple[torch.Tensor, torch.Tensor | None]
 
 
