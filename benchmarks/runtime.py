@@ -76,6 +76,7 @@ WEIGHTS = {
         None,
     ),
     "fp8": ({"format": "fp8_e4m3"}, None),
+    "fp8, fp8 activations": ({"format": "fp8_e4m3"}, "fp8_token"),
     "nf4 g64": ({"format": "nf4", "granularity": "group", "group_size": 64}, None),
 }
 DEFAULT = ("int4 g64", "int8", "int8, int8 activations")

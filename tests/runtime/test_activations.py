@@ -62,10 +62,12 @@ def test_it_gives_the_bits_of_the_fake_quantizer(
         (ActivationSpec("int8", "tensor"), None),
         (ActivationSpec("uint8", "token"), None),
         (ActivationSpec("int8", "group", 32, "e8m0"), None),
-        (ActivationSpec("fp8_e4m3", "token"), None),
+        (ActivationSpec("fp8_e4m3", "token"), "fp8_token"),
+        (ActivationSpec("fp8_e4m3", "tensor", calibrated=True), "fp8_tensor"),
+        (ActivationSpec("fp8_e5m2", "token"), None),
     ],
 )
-def test_kernels_know_two_cases_by_name(spec: ActivationSpec, name: str | None) -> None:
+def test_kernels_know_some_cases_by_name(spec: ActivationSpec, name: str | None) -> None:
     assert spec.name == name
 
 

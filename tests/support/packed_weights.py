@@ -38,3 +38,22 @@ def random_weight(fmt: str, n: int, k: int, *, seed: int = 0, **fields: Any) -> 
 def group(size: int, **fields: Any) -> dict[str, Any]:
     """Return the fields of a spec with groups."""
     return {"granularity": "group", "group_size": size, **fields}
+
+
+WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("int8", {}),
+    "uint8": ("uint8", {}),
+    "int4 g32": ("int4", group(32)),
+    "uint4 g64": ("uint4", group(64)),
+    "uint4 channel": ("uint4", {}),
+    "int3 g64": ("int3", group(64)),
+    "uint2 g64": ("uint2", group(64)),
+    "fp8": ("fp8_e4m3", {}),
+    "fp8 tensor": ("fp8_e5m2", {"granularity": "tensor", "scale_dtype": "float32"}),
+    "fp8 block": ("fp8_e4m3", {"granularity": "block", "block_size": (32, 128)}),
+    "mxfp4": ("fp4_e2m1", group(32, **E8M0)),
+    "mxfp6": ("fp6_e3m2", group(32, **E8M0)),
+    "nvfp4": ("fp4_e2m1", group(16, **E4M3)),
+    "nf4": ("nf4", group(64)),
+}
+"""Every kind of weight that backends are held to: its format, and the other fields of its spec."""

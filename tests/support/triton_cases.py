@@ -2,7 +2,8 @@
 """Runs the Triton kernels, as a program of its own: how they run is decided when they are imported.
 
 ``python -m support.triton_cases interpret`` multiplies on the CPU and prints the relative error of
-every case, ``compile`` makes machine code for GPUs that need not be there and prints what it is.
+every case, ``rows`` quantizes activations there, ``compile`` makes machine code for GPUs that need
+not be there and prints what it is.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nvfp4": ("fp4_e2m1", group(16, **E4M3)),
     "mxfp4": ("fp4_e2m1", group(32, **E8M0)),
 }
-SHAPES = ((40, 200), (17, 256), (5, 34))
-ROWS = (1, 3, 40)
+SHAPES = ((40, 224), (17, 256), (5, 32))
+ROWS = (1, 3, 40, 150)
 DTYPES = (torch.float32, torch.float16)  # the interpreter knows no products of bfloat16
 TARGETS = (80, 90)
 
@@ -62,6 +63,35 @@ def interpret() -> dict[str, float]:
     return errors
 
 
+def rows_of_activations() -> dict[str, float]:
+    """Return for each kind of quantized activations how far codes and products are off."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from modewright.runtime.backends.gpu_rows import quantize_rows, scale_product, simulate_rows
+    from modewright.runtime.backends.portable import simulated
+
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for act in ("int8_token", "int8_tensor", "fp8_token", "fp8_tensor"):
+        given = torch.tensor([[0.02]]) if act.endswith("tensor") else None
+        x = torch.randn(5, 5000, generator=generator) * 3
+        x[1] = 0
+        expected = simulated(x, act, given)
+        codes, scale = quantize_rows(x, act, given)
+        off = (codes.float() * scale - expected).abs().max()
+        off += (simulate_rows(x, act, given) - expected).abs().max()
+        x[2, 4], x[3, 7] = torch.nan, torch.inf
+        codes, scale = quantize_rows(x, act, given)
+        known = [True, True, False, given is not None, True]
+        found[f"{act}, scales"] = float(scale.flatten().isfinite().tolist() != known)
+        found[f"{act}, values"] = float(off)
+    product = torch.randint(-1000, 1000, (5, 70), generator=generator, dtype=torch.int32)
+    bias, own = torch.randn(70, generator=generator), torch.rand(70, generator=generator)
+    scale = torch.rand(5, 1, generator=generator)
+    scaled = scale_product(product, scale, own, bias, torch.float32)
+    found["products"] = float((scaled - (product * scale * own + bias)).abs().max())
+    return found
+
+
 def compiled() -> dict[str, Any]:
     """Return for each kernel, type and GPU whether there is machine code, and by tensor cores."""
     import triton
@@ -71,11 +101,14 @@ def compiled() -> dict[str, Any]:
     from modewright.runtime.backends import triton_kernels as kernels
 
     constants: dict[str, dict[str, Any]] = {
-        "few_rows": {"OUTPUTS": 16, "BYTES": 128},
-        "many_rows": {"ROWS": 32, "OUTPUTS": 64, "BYTES": 32},
+        "one_row": {"OUTPUTS": 8, "COLUMNS": 1024, "HAS_BIAS": True},
+        "some_rows": {"OUTPUTS": 64, "COLUMNS": 256, "ROWS": 16, "HAS_BIAS": True},
+        "unpacked": {"OUTPUTS": 8, "COLUMNS": 512},
     }
-    kinds = {"OFFSET": 8, "BITS": 4, "HAS_ZEROS": True, "HAS_TABLE": False, "HAS_BIAS": True}
-    types = {"packed": "*u8", "zeros": "*u8", "scale": "*fp16", "table": "*fp32"}
+    kinds = {"KIND": "integer", "BITS": 4, "MANTISSA": 0, "FACTOR": 1.0, "SCALE": "plain"}
+    kinds |= {"HAS_ZEROS": True, "HAS_LEVEL": False, "RUN": 64, "EVEN": True}
+    types = {"packed": "*i32", "zeros": "*u8", "scale": "*fp16", "table": "*fp32"}
+    types["level"] = "*fp32"
     found = {}
     for name, sizes in constants.items():
         kernel = getattr(kernels, name)
@@ -94,4 +127,5 @@ def compiled() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(interpret() if sys.argv[1] == "interpret" else compiled()))
+    tasks = {"interpret": interpret, "rows": rows_of_activations, "compile": compiled}
+    print(json.dumps(tasks[sys.argv[1]]()))

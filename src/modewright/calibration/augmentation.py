@@ -88,10 +88,11 @@ def replace_tokens(
     generator = torch.Generator().manual_seed(seed)
     made = []
     for index in range(count):
-        ids = windows[index % len(windows)].clone()
+        given = windows[index % len(windows)]
+        ids = given.to("cpu", copy=True)
         chosen = torch.rand(ids.shape, generator=generator) < share
         chosen &= ~torch.isin(ids, kept)
         drawn = torch.randint(len(allowed), (int(chosen.sum()),), generator=generator)
         ids[chosen] = allowed[drawn]
-        made.append(ids)
+        made.append(ids.to(given.device))
     return made

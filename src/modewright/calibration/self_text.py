@@ -107,12 +107,13 @@ def writes_text(model: nn.Module, window: torch.Tensor) -> bool:
         model: The network.
         window: Token ids that it takes, int64 ``[1, n]`` with ``n >= 2``.
     """
+    window = window.cpu()
     first = _first_logits(model, window[:, :2])
     known = ordinary_tokens(model)
     if first is None or first.shape[-1] < len(known):
         return False
     later = known[known != window[0, 1]][:1]
-    other = _first_logits(model, torch.cat([window[:, :1], later[None].to(window)], 1))
+    other = _first_logits(model, torch.cat([window[:, :1], later[None]], 1))
     near = 1e-3 * float(first.abs().max())
     return other is not None and torch.allclose(first, other, rtol=0, atol=near)
 

@@ -2,10 +2,12 @@
 """How the inputs (or outputs) of a packed layer are quantized.
 
 An :class:`ActivationSpec` says it; :meth:`ActivationSpec.simulate` does it, exactly as the fake
-quantizer did. Kernels that take codes instead know two cases by name (:attr:`ActivationSpec.name`):
+quantizer did. Kernels that take codes know some cases by name (:attr:`ActivationSpec.name`):
 
 ``int8_token``    int8, one scale for each row, taken from the row as it comes
 ``int8_tensor``   int8, one scale for the tensor, calibrated
+``fp8_token``     fp8_e4m3, one scale for each row, taken from the row as it comes
+``fp8_tensor``    fp8_e4m3, one scale for the tensor, calibrated
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from modewright.formats.scaling import ScaleFormat, ScaleRule, global_scale_for,
 
 INT8_TOKEN = "int8_token"  # noqa: S105 - a token of text
 INT8_TENSOR = "int8_tensor"
+FP8_TOKEN = "fp8_token"  # noqa: S105
+FP8_TENSOR = "fp8_tensor"
+_NAMES = {"int8": (INT8_TOKEN, INT8_TENSOR), "fp8_e4m3": (FP8_TOKEN, FP8_TENSOR)}
 _GRANULARITIES = ("tensor", "token", "group")
 
 
@@ -104,11 +109,12 @@ class ActivationSpec:
     @cached_property
     def name(self) -> str | None:
         """The name under which kernels know this case; ``None`` if it can only be simulated."""
-        if self.format != "int8" or self.scale_format != "fp32":
+        if self.format not in _NAMES or self.scale_format != "fp32":
             return None
+        token, tensor = _NAMES[self.format]
         if self.granularity == "token" and not self.calibrated:
-            return INT8_TOKEN
-        return INT8_TENSOR if self.calibrated else None
+            return token
+        return tensor if self.calibrated else None
 
     def simulate(
         self,

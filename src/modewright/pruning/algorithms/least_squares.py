@@ -100,7 +100,7 @@ def removal_order(
         places = torch.arange(len(inputs)).reshape(len(left), -1)
         solved = _solved(cross[:, inputs], own, damping)
         costs = unit_costs(solved, own, places, damping)
-        gone = costs.argsort(stable=True)[:count]
+        gone = costs.argsort(stable=True)[:count].cpu()
         order += left[gone].tolist()
         stays = torch.ones(len(left), dtype=torch.bool)
         stays[gone] = False
@@ -116,4 +116,4 @@ def _solved(cross: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch
 def _damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Return second moments to which a part of their mean diagonal is added."""
     amount = (damping * hessian.diagonal().mean()).clamp_min(_SMALLEST)
-    return hessian + amount * torch.eye(len(hessian), dtype=hessian.dtype)
+    return hessian + amount * torch.eye(len(hessian)).to(hessian)

@@ -24,8 +24,9 @@ class Case:
         spec: The weight.
         device: Where it is: ``cpu``, ``cuda`` ...
         dtype: Of the activations.
-        act: How the scheme quantizes activations: ``None`` (not at all), ``int8_token`` (a scale
-            for each row, as it comes) or ``int8_tensor`` (one calibrated scale).
+        act: How the scheme quantizes activations: ``None`` (not at all), ``int8_token`` or
+            ``fp8_token`` (a scale for each row, as it comes), ``int8_tensor`` or ``fp8_tensor``
+            (one calibrated scale).
         rows: Rows of activations in one call.
     """
 

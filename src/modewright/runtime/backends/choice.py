@@ -47,8 +47,9 @@ def linear(
         weight: ``[N, K]``.
         x: ``[..., K]``, any float dtype, on the device of the weight.
         bias: ``[N]`` or ``None``.
-        act: How activations are quantized first: ``None``, ``"int8_token"`` or ``"int8_tensor"``.
-        act_scale: The scale of all activations, one float32; for ``"int8_tensor"``.
+        act: How activations are quantized first: ``None``, ``"int8_token"``, ``"int8_tensor"``,
+            ``"fp8_token"`` or ``"fp8_tensor"``.
+        act_scale: The scale of all activations, one float32; for those of a tensor.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from modewright.runtime.activations import INT8_TENSOR, INT8_TOKEN
 from modewright.runtime.backends.activations import int8_codes
 from modewright.runtime.backends.base import Backend, Case, fitting
+from modewright.runtime.backends.gpu_rows import has_kernels, quantize_rows, scale_product
 from modewright.runtime.backends.int8_weight import Int8Weight, no_int8_weight
 from modewright.runtime.packed_weight import PackedWeight
 
@@ -30,7 +32,7 @@ class IntMm(Backend):
             return f"it runs on a GPU, not on {case.device}"
         if problem := no_int8_weight(spec):
             return problem
-        if case.act not in ("int8_token", "int8_tensor"):
+        if case.act not in (INT8_TOKEN, INT8_TENSOR):
             return "it needs int8 activations"
         if spec.shape[0] % 8 or spec.shape[1] % 8 or 0 in spec.shape:
             return f"sizes are multiples of 8; here {list(spec.shape)}"
@@ -49,11 +51,17 @@ class IntMm(Backend):
         act: str | None,
         act_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        codes, scale = int8_codes(x.reshape(-1, x.shape[-1]), act, act_scale)
+        rows = x.reshape(-1, x.shape[-1])
+        on_gpu = has_kernels(x.device.type)
+        quantize = quantize_rows if on_gpu else int8_codes
+        codes, scale = quantize(rows.contiguous(), act or INT8_TOKEN, act_scale)
         missing = _FEWEST_ROWS - len(codes)
         if missing > 0:  # chosen for many rows, called with the last few of a data set
             codes = torch.cat([codes, codes.new_zeros(missing, codes.shape[1])])
         product = torch._int_mm(codes.to(torch.int8), prepared.codes.t())[: len(scale)]
+        if on_gpu:
+            result = scale_product(product, scale, prepared.scale, bias, x.dtype)
+            return result.reshape(*x.shape[:-1], result.shape[-1])
         return fitting(product.float() * scale * prepared.scale, x, bias)
 
     def extra_bytes(self, prepared: Any) -> int:  # noqa: D102

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from modewright.runtime.activations import FP8_TENSOR, INT8_TENSOR
 from modewright.runtime.backends.base import MORE_ROWS, Backend, Case
 from modewright.runtime.packed_weight import PackedWeight
 
@@ -25,7 +26,8 @@ def fastest(case: Case, candidates: tuple[Backend, ...]) -> Backend:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, case.spec.shape[1], generator=generator)
     x = x.to(case.device, case.dtype)
-    scale = torch.full((1, 1), 0.05, device=case.device) if case.act == "int8_tensor" else None
+    given = case.act in (INT8_TENSOR, FP8_TENSOR)
+    scale = torch.full((1, 1), 0.05, device=case.device) if given else None
     prepared = [backend.prepare(weight) for backend in candidates]
     times: list[list[float]] = [[] for _ in candidates]
     for turn in range(_ROUNDS + 1):

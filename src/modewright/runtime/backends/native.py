@@ -9,6 +9,7 @@ import torch
 
 from modewright.errors import ConfigError, KernelError
 from modewright.runtime.backends.base import Backend, Case, cpu_problem
+from modewright.runtime.backends.portable import simulated
 from modewright.runtime.native.library import (
     ACTIVATIONS,
     BEST,
@@ -51,8 +52,6 @@ class Native(Backend):
         problem = cpu_problem(case) or format_problem(case.spec)
         if problem is not None:
             return problem
-        if case.act not in ACTIVATIONS:
-            return f"it knows no activations like {case.act}"
         found = library()
         if isinstance(found, str):
             return found
@@ -63,7 +62,8 @@ class Native(Backend):
             return "this CPU has neither AVX2 nor AVX-512 VNNI"
         if 0 in case.spec.shape:
             return "the weight is empty"
-        if not found.fits(case.spec, case.act, isa):
+        act = case.act if case.act in ACTIVATIONS else None
+        if not found.fits(case.spec, act, isa):
             return f"groups of {case.spec.tile[1]} do not fit registers of {isa}"
         return None
 
@@ -78,6 +78,8 @@ class Native(Backend):
         act: str | None,
         act_scale: torch.Tensor | None,
     ) -> torch.Tensor:
+        if act not in ACTIVATIONS:
+            x, act, act_scale = simulated(x, act, act_scale), None, None
         kind = DTYPES.get(x.dtype)
         if kind is None:
             return self.linear(x.float(), prepared, bias, act, act_scale).to(x.dtype)

@@ -13,6 +13,8 @@ from modewright.runtime.packed_weight import PackedWeight
 _ACTIVATIONS = {
     "int8_token": ActivationSpec("int8", "token"),
     "int8_tensor": ActivationSpec("int8", "tensor", calibrated=True),
+    "fp8_token": ActivationSpec("fp8_e4m3", "token"),
+    "fp8_tensor": ActivationSpec("fp8_e4m3", "tensor", calibrated=True),
 }
 
 

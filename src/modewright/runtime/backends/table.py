@@ -8,6 +8,7 @@ from functools import cache
 from modewright.errors import ConfigError, did_you_mean
 from modewright.runtime.backends.base import Backend
 from modewright.runtime.backends.buffered import Buffered
+from modewright.runtime.backends.fp8_mm import Fp8Mm
 from modewright.runtime.backends.int4pack import Int4Pack
 from modewright.runtime.backends.int8pack import Int8Pack
 from modewright.runtime.backends.int_mm import IntMm
@@ -28,6 +29,7 @@ def backends() -> dict[str, Backend]:
         Int8Pack(),
         OneDnnInt8(),
         IntMm(),
+        Fp8Mm(),
         Triton(),
         Buffered(),
         Portable(),
