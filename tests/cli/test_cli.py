@@ -248,13 +248,14 @@ def test_the_options_of_every_verb_are_these() -> None:
         options[verb] = sorted(p.name for p in command.params)
 
     assert options == {
-        "optimize": ["as_json", "dry_run", "model", "output", "recipe", "stream"],
+        "optimize": ["as_json", "device", "dry_run", "model", "output", "recipe", "stream"],
         "search": [
             "as_json",
             "calibration",
             "checkpoint",
             "config",
             "constraints",
+            "device",
             "dry_run",
             "input_length",
             "length",
@@ -271,6 +272,7 @@ def test_the_options_of_every_verb_are_these() -> None:
         "bench": [
             "against",
             "as_json",
+            "device",
             "length",
             "model",
             "prompt",

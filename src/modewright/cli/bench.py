@@ -19,6 +19,7 @@ import click
               help="Tokens of the prefill.")  # fmt: skip
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True,
               help="How often everything is measured.")  # fmt: skip
+@click.option("--device", help="Where it is measured, such as cuda; the CPU if left out.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def command(
     model: str,
@@ -28,6 +29,7 @@ def command(
     prompt: int,
     length: int,
     repeats: int,
+    device: str | None,
     as_json: bool,
 ) -> int:
     """Measure how fast and how large MODEL is, beside the model that it was made from.
@@ -49,6 +51,7 @@ def command(
             prompt=prompt,
             length=length,
             repeats=repeats,
+            device=device,
             on_progress=display,
         )
     if as_json:

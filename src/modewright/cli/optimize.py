@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,6 +21,7 @@ import click
     default=None,
     help="Go block by block from the model's files to the output, for a model larger than memory.",
 )
+@click.option("--device", help="Where to optimize and measure, such as cuda; the CPU if left out.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -27,6 +29,7 @@ def command(
     recipe: str,
     output: Path | None,
     stream: bool | None,
+    device: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -55,7 +58,8 @@ def command(
             plan = plan_run(model, loaded, stream=stream, on_progress=display)
         else:
             try:
-                result = optimize(model, loaded, output=output, stream=stream, on_progress=display)
+                more: dict[str, Any] = {"stream": stream, "device": device, "on_progress": display}
+                result = optimize(model, loaded, output=output, **more)
             except KeyboardInterrupt:
                 if output is not None:
                     click.echo("\nThe same command goes on from what was finished.", err=True)

@@ -62,6 +62,7 @@ def _values(context: click.Context, option: click.Parameter, values: tuple[str, 
 @click.option("--input-length", type=click.IntRange(min=1),
               help="Tokens of the input that costs are measured on; 1 for the latency of "
               "decoding. A window if left out.")  # fmt: skip
+@click.option("--device", help="Where to search and measure, such as cuda; the CPU if left out.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(model: str, output: Path | None, dry_run: bool, as_json: bool, **given: Any) -> int:
@@ -85,7 +86,8 @@ def command(model: str, output: Path | None, dry_run: bool, as_json: bool, **giv
             plan = plan_run(model, recipe, on_progress=display)
         else:
             try:
-                result = optimize(model, recipe, output=output, on_progress=display)
+                more: dict[str, Any] = {"device": given["device"], "on_progress": display}
+                result = optimize(model, recipe, output=output, **more)
             except KeyboardInterrupt:
                 if output is not None or given["checkpoint"] is not None:
                     click.echo("\nThe same command goes on from what was finished.", err=True)

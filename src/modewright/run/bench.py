@@ -27,7 +27,7 @@ from modewright.errors import ConfigError, DataError
 from modewright.modes.checkpoint import restore
 from modewright.modes.registry import ModeRegistry
 from modewright.modes.storage import MANIFEST_NAME
-from modewright.run.fresh_restore import device_of
+from modewright.run.device import device_of, named_device
 from modewright.run.optimize import RecipeLike, optimize
 
 OnProgress = Callable[[str, int, "int | None"], None]
@@ -147,6 +147,7 @@ def bench(
     length: int = 512,
     tokens: int = 8,
     repeats: int = 5,
+    device: str | None = None,
     registry: ModeRegistry | None = None,
     on_progress: OnProgress | None = None,
 ) -> BenchResult:
@@ -163,11 +164,13 @@ def bench(
         length: Tokens of the prefill, and of the text that an encoder takes.
         tokens: Tokens that are decoded in one repetition.
         repeats: Repetitions.
+        device: Where models that are loaded are measured, such as ``"cuda"``; the CPU if left out.
         registry: Where modes are looked up; the default registry if left out.
         on_progress: Called with the name of a part, how much is done, and how much there is.
 
     Raises:
-        ConfigError: A number is not positive, or ``recipe`` and ``against`` exclude each other.
+        ConfigError: A number is not positive, ``recipe`` and ``against`` exclude each other, or
+            there is no such device.
         DataError: A model cannot be loaded, or the original is not known.
     """
     if min(prompt, length, tokens, repeats, 1 if threads is None else threads) < 1:
@@ -175,19 +178,21 @@ def bench(
     if recipe is not None and against is not None:
         raise ConfigError("with a recipe, the model is compared with itself: leave `against` out.")
     registry = default_registry if registry is None else registry
+    place = named_device(device)
     say = on_progress or (lambda name, done, total: None)
     with _threads(threads) as used, tempfile.TemporaryDirectory() as made:
         if recipe is not None:
             if not isinstance(model, (str, Path)):
                 raise ConfigError("a recipe needs the model as a path or name.")
             output = Path(made) / "optimized"
-            optimize(model, recipe, output=output, registry=registry, on_progress=on_progress)
+            more: dict[str, Any] = {"device": device, "registry": registry}
+            optimize(model, recipe, output=output, on_progress=on_progress, **more)
             model, against = output, model
         say("load", 0, None)
-        subjects = [_opened(model, registry)]
+        subjects = [_opened(model, registry, place)]
         other = _original_of(model) if against is None else against
         if other is not None:
-            subjects.append(_opened(other, registry))
+            subjects.append(_opened(other, registry, place))
         for subject in subjects:
             subject.works = _works(subject.model.eval(), inputs, prompt, length, tokens)
         measured = _measured(subjects, repeats, "tokens" if inputs is None else "samples", say)
@@ -203,7 +208,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def _opened(source: object, registry: ModeRegistry) -> _Subject:
+def _opened(source: object, registry: ModeRegistry, place: torch.device | None) -> _Subject:
     if isinstance(source, nn.Module):
         return _Subject(type(source).__name__, source)
     if not isinstance(source, (str, Path)):
@@ -214,13 +219,13 @@ def _opened(source: object, registry: ModeRegistry) -> _Subject:
     hf.warm_up()  # importing transformers is not loading a model
     begin = time.perf_counter()
     if (folder / MANIFEST_NAME).is_file():
-        model = restore(hf.build_from_config(folder), folder, registry=registry)
+        model = restore(hf.build_from_config(folder), folder, registry=registry).to(place)
         seconds = time.perf_counter() - begin
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     else:
         loaded = hf.load_model(source)
+        model, size = loaded.model.to(place), loaded.bytes_on_disk
         seconds = time.perf_counter() - begin
-        model, size = loaded.model, loaded.bytes_on_disk
     return _Subject(str(source), model, size, seconds)
 
 

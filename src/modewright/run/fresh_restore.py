@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,11 +19,7 @@ from torch import nn
 
 from modewright.errors import CheckpointError
 from modewright.evaluation.outputs import main_output
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a model is; packed ones may have no parameters."""
-    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+from modewright.run.device import device_of
 
 
 def output_of(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
@@ -34,21 +29,22 @@ def output_of(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
     return found.detach().cpu().contiguous()
 
 
-def fresh_output(folder: Path, probe: torch.Tensor) -> torch.Tensor:
+def fresh_output(folder: Path, probe: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return what a fresh process gets from the model in ``folder``.
 
     Args:
         folder: What a run saved.
         probe: One input, ``[1, ...]``.
+        device: Where it is run.
 
     Raises:
         CheckpointError: That process failed; its last words are in the message.
     """
     with tempfile.TemporaryDirectory() as exchange:
         question, answer = Path(exchange) / "in.safetensors", Path(exchange) / "out.safetensors"
-        save_file({"probe": probe.contiguous()}, question)
+        save_file({"probe": probe.cpu().contiguous()}, question)
         command = [sys.executable, "-m", __name__, str(folder), str(question), str(answer)]
-        command.append(str(torch.get_num_threads()))
+        command += [str(torch.get_num_threads()), str(device)]
         paths = os.pathsep.join(path for path in sys.path if path)  # finds what this one finds
         done = subprocess.run(
             command,
@@ -67,13 +63,13 @@ def fresh_output(folder: Path, probe: torch.Tensor) -> torch.Tensor:
         return found.clone()
 
 
-def main(folder: str, question: str, answer: str, threads: str) -> None:
+def main(folder: str, question: str, answer: str, threads: str, device: str) -> None:
     """Restore, run, write: what the fresh process does."""
     from modewright.api import restore
     from modewright.integrations.transformers import build_from_config
 
     torch.set_num_threads(int(threads))
-    model = restore(build_from_config(Path(folder)), folder).eval()
+    model = restore(build_from_config(Path(folder)), folder).eval().to(device)
     save_file({"output": output_of(model, load_file(question)["probe"])}, answer)
 
 

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 
 from modewright.builtin_modes import default_registry
+from modewright.errors import ConfigError
 from modewright.modes.checkpoint import inspect
 from modewright.modes.planning import Plan
 from modewright.modes.registry import ModeRegistry
 from modewright.recipes.checking import check_steps
 from modewright.recipes.loader import load_recipe
 from modewright.recipes.schema import Recipe
+from modewright.run.device import named_device
 from modewright.run.planning import plan_recipe
 from modewright.run.progress import Progress, require_replaceable
 from modewright.run.result import Result
@@ -35,6 +37,7 @@ def optimize(
     evaluation: torch.Tensor | None = None,
     output: str | Path | None = None,
     stream: Stream = None,
+    device: str | None = None,
     registry: ModeRegistry | None = None,
     on_progress: OnProgress | None = None,
 ) -> Result:
@@ -54,6 +57,8 @@ def optimize(
         output: The folder to write; it appears when everything is done.
         stream: Go block by block from files to output; nothing is measured then, and the result's
             model has no weights. ``"auto"`` does so if the weights would fill half the free memory.
+        device: Where a model from files is optimized and measured, such as ``"cuda"``; the CPU if
+            left out.
         registry: Where modes are looked up; the default registry if left out.
         on_progress: Called with the name of a part, how much of it is done, and how much there is.
 
@@ -61,18 +66,24 @@ def optimize(
         A :class:`modewright.Result`.
 
     Raises:
-        ConfigError: The recipe or the output is not usable.
+        ConfigError: The recipe, the output or the device is not usable.
         DataError: The model or the data cannot be loaded, or there is too little of it.
         IncompatibleModeError: The recipe's modes cannot follow one another.
         ApplyModeError: A mode failed and has no fallback.
         CheckpointError: What was saved does not restore to the same bits.
     """
     run = _prepared(recipe, registry, on_progress, stream)
+    place = named_device(device)
     target = None if output is None else Path(output)
     if is_streamed(run.recipe, model):
+        if place is not None and place.type != "cpu":
+            raise ConfigError(
+                f"device={device!r}: going block by block is done on the CPU. Pass stream=False "
+                "(--no-stream) if the model fits into memory."
+            )
         return stream_model(run, model, target, calibration, evaluation)
     require_replaceable(target)
-    subject = run.load(model)
+    subject = run.load(model, place)
     plan_recipe(subject.model, run.recipe.steps, run.registry).require_ok()
     data = run.load_data(subject, calibration, evaluation, target)
     progress = Progress(target, "" if target is None else run.fingerprint(subject, data))

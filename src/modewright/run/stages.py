@@ -26,7 +26,8 @@ from modewright.modes.state import ModeState, note_fallback, state_of
 from modewright.quantization.size import packed_bytes
 from modewright.recipes.schema import Recipe, RecipeStep
 from modewright.run.data import RunData, load_data
-from modewright.run.fresh_restore import device_of, fresh_output, output_of
+from modewright.run.device import device_of
+from modewright.run.fresh_restore import fresh_output, output_of
 from modewright.run.metering import Meter
 from modewright.run.progress import Progress
 from modewright.run.quality import Baseline, Quality, measure_optimized, measure_original
@@ -53,10 +54,10 @@ class Run:
         self.on_progress(name, 0, None)
         return _Timed(name, self.steps)
 
-    def load(self, model: object) -> Subject:
+    def load(self, model: object, device: torch.device | None = None) -> Subject:
         """Load the model from a path or name, or take the one that is there."""
         with self.timed("load"):
-            return open_subject(model, registry=self.registry)
+            return open_subject(model, registry=self.registry, device=device)
 
     def load_data(
         self,
@@ -84,6 +85,7 @@ class Run:
             "model": subject.revision(),
             "calibration": data.calibration and data.calibration.fingerprint,
             "evaluation": None if data.evaluation is None else fingerprint(data.evaluation),
+            "device": str(device_of(subject.model)),
             "versions": [__version__, torch.__version__],
         }
         return hashlib.sha256(dumps(parts).encode()).hexdigest()
@@ -134,7 +136,8 @@ class Run:
             if self._can_be_fresh(subject, model) and data.probe is not None:
                 where = "a fresh process"
                 expected = output_of(model.eval(), data.probe)
-                same = tensors_identical(fresh_output(folder, data.probe), expected)
+                fresh = fresh_output(folder, data.probe, device_of(model))
+                same = tensors_identical(fresh, expected)
             else:
                 where = "this process"
                 same = self._restores_here(subject, model, folder, data.probe)

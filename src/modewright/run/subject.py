@@ -84,19 +84,30 @@ class Subject:
         return encode(self.tokenizer)
 
 
-def open_subject(model: object, *, registry: ModeRegistry) -> Subject:
+def open_subject(
+    model: object, *, registry: ModeRegistry, device: torch.device | None = None
+) -> Subject:
     """Load a model from a path or name, or take one that is there.
 
     Args:
         model: A path, ``demo:...``, a module or a model-like.
         registry: Where the modes of a model that was optimized before are looked up.
+        device: Where a model that is loaded shall be; the CPU if left out.
 
     Raises:
         DataError: The path or name leads to no model.
-        ConfigError: It is something else, or a module that modes have changed already.
+        ConfigError: It is something else, or a module that modes have changed already, or one that
+            is passed together with a device.
     """
     if isinstance(model, (str, Path)):
-        return _open_files(model, registry)
+        found = _open_files(model, registry)
+        found.model.to(device)
+        return found
+    if device is not None:
+        raise ConfigError(
+            f"device={str(device)!r} says where a model is loaded; a {type(model).__name__} is "
+            "optimized where it is: move it there first."
+        )
     root = as_model(model)
     built = root.build() if isinstance(root, ModelLike) else unwrap(root)[0]
     before = state_of(built)

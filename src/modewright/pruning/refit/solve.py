@@ -152,7 +152,7 @@ def _pairs(
             reached.clear()
             with suppress(_Reached):
                 block.run(call)
-            missing = goal - _hidden(call)
+            missing = (goal - _hidden(call)).to(writer.layer.weight.device)
             for other in earlier:
                 missing = missing - other.factor * made[other.path].to(missing)
             yield reached[0].to(missing), missing / writer.factor
