@@ -11,7 +11,7 @@ from torch import nn
 
 from modewright.errors import ConfigError
 from modewright.run.bench import bench
-from modewright.run.device import device_of, named_device
+from modewright.run.device import device_of, named_device, require_cpu
 from modewright.run.optimize import optimize
 from support.language_models import save_tiny_llama, tiny_recipe
 
@@ -33,6 +33,13 @@ def test_a_run_checks_the_device_before_it_loads_anything(tmp_path: Path) -> Non
     for work in (optimize, bench):
         with pytest.raises(ConfigError, match="device 'cuda:99' cannot be used"):
             work(tmp_path / "missing", recipe="w8a16", device="cuda:99")
+
+
+def test_going_block_by_block_is_for_the_cpu() -> None:
+    require_cpu(None)
+    require_cpu(torch.device("cpu"))
+    with pytest.raises(ConfigError, match="--no-stream"):
+        require_cpu(torch.device("cuda"))
 
 
 def test_a_module_is_optimized_where_it_is() -> None:

@@ -164,13 +164,12 @@ def bench(
         length: Tokens of the prefill, and of the text that an encoder takes.
         tokens: Tokens that are decoded in one repetition.
         repeats: Repetitions.
-        device: Where models that are loaded are measured, such as ``"cuda"``; the CPU if left out.
+        device: Where models that are loaded are measured; the CPU if left out.
         registry: Where modes are looked up; the default registry if left out.
         on_progress: Called with the name of a part, how much is done, and how much there is.
 
     Raises:
-        ConfigError: A number is not positive, ``recipe`` and ``against`` exclude each other, or
-            there is no such device.
+        ConfigError: A number is not positive, ``against`` goes with ``recipe``, or no such device.
         DataError: A model cannot be loaded, or the original is not known.
     """
     if min(prompt, length, tokens, repeats, 1 if threads is None else threads) < 1:
@@ -185,8 +184,8 @@ def bench(
             if not isinstance(model, (str, Path)):
                 raise ConfigError("a recipe needs the model as a path or name.")
             output = Path(made) / "optimized"
-            more: dict[str, Any] = {"device": device, "registry": registry}
-            optimize(model, recipe, output=output, on_progress=on_progress, **more)
+            more: Any = {"device": device, "registry": registry, "on_progress": on_progress}
+            optimize(model, recipe, output=output, **more)
             model, against = output, model
         say("load", 0, None)
         subjects = [_opened(model, registry, place)]

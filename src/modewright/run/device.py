@@ -36,3 +36,16 @@ def named_device(name: str | None) -> torch.device | None:
     if device.type == "meta":
         raise ConfigError("device 'meta' holds no numbers: a model cannot be optimized there.")
     return device
+
+
+def require_cpu(device: torch.device | None) -> None:
+    """Refuse another device for a run that goes block by block.
+
+    Raises:
+        ConfigError: It is another one.
+    """
+    if device is not None and device.type != "cpu":
+        raise ConfigError(
+            f"device {str(device)!r}: going block by block is done on the CPU. Pass stream=False "
+            "(--no-stream) if the model fits into memory."
+        )

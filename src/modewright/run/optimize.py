@@ -10,20 +10,20 @@ from typing import Any, Literal
 import torch
 
 from modewright.builtin_modes import default_registry
-from modewright.errors import ConfigError
 from modewright.modes.checkpoint import inspect
 from modewright.modes.planning import Plan
 from modewright.modes.registry import ModeRegistry
 from modewright.recipes.checking import check_steps
 from modewright.recipes.loader import load_recipe
 from modewright.recipes.schema import Recipe
-from modewright.run.device import named_device
+from modewright.run.device import named_device, require_cpu
 from modewright.run.planning import plan_recipe
 from modewright.run.progress import Progress, require_replaceable
 from modewright.run.result import Result
 from modewright.run.stages import OnProgress, Run
 from modewright.run.streaming.choice import is_streamed
 from modewright.run.streaming.run import plan_stream, stream_model
+from modewright.run.subject import Subject
 
 Stream = bool | Literal["auto"] | None
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
@@ -76,14 +76,20 @@ def optimize(
     place = named_device(device)
     target = None if output is None else Path(output)
     if is_streamed(run.recipe, model):
-        if place is not None and place.type != "cpu":
-            raise ConfigError(
-                f"device={device!r}: going block by block is done on the CPU. Pass stream=False "
-                "(--no-stream) if the model fits into memory."
-            )
+        require_cpu(place)
         return stream_model(run, model, target, calibration, evaluation)
     require_replaceable(target)
-    subject = run.load(model, place)
+    return _in_memory(run, run.load(model, place), target, calibration, evaluation)
+
+
+def _in_memory(
+    run: Run,
+    subject: Subject,
+    target: Path | None,
+    calibration: object,
+    evaluation: torch.Tensor | None,
+) -> Result:
+    """Do all parts of a run on a model that is in memory."""
     plan_recipe(subject.model, run.recipe.steps, run.registry).require_ok()
     data = run.load_data(subject, calibration, evaluation, target)
     progress = Progress(target, "" if target is None else run.fingerprint(subject, data))
