@@ -79,6 +79,27 @@ def _set_moments(norm: Any, found: Sequence[torch.Tensor]) -> None:
     norm.running_var = (square - mean.square()).clamp_min(0).to(norm.running_var.dtype)
 
 
+def shift_means(
+    model: nn.Module,
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+    kept: Mapping[str, Mapping[int, torch.Tensor]],
+) -> None:
+    """Let batch norms of a subnet make up for the mean of what it lost; buffers are replaced.
+
+    Args:
+        model: The subnet.
+        before: By path of the norm the mean that came in, in the whole network.
+        after: The mean that comes in now.
+        kept: By path of a buffer and axis the indices that the subnet has, if not all.
+    """
+    for path, mean in after.items():
+        norm: Any = model.get_submodule(path)
+        places = kept.get(f"{path}.running_mean", {}).get(0)
+        whole = before[path] if places is None else before[path][places.to(mean.device)]
+        norm.running_mean = norm.running_mean + (mean - whole).to(norm.running_mean)
+
+
 def norm_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the means and variances that batch norms keep, by path."""
     norms = {id(norm) for norm in tracking_norms(model)}

@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """``GradnasSearcher``: cut the units that the loss feels least, for what each of them costs.
 
-Importance by gradient estimates, in nats, what the loss gains by a unit. Divided by what the unit
-costs, in parts of what the constraints ask to save, it can be compared across groups, and cutting
-all units below one threshold is the greedy solution of the knapsack. It is done in rounds: each
-goes a part of the way, then importance is estimated anew for what is left.
+Importance by gradient estimates, in nats, what the loss gains by a unit; importance by norms, for
+networks that are pruned without data, which share of the outputs of layers it has. Divided by what
+the unit costs, in parts of what the constraints ask to save, it can be compared across groups, and
+cutting all units below one threshold is the greedy solution of the knapsack. It is done in rounds:
+each goes a part of the way, then importance is estimated anew for what is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from modewright.errors import ConfigError
 from modewright.modes.model_like import all_modules
 from modewright.modes.snapshot import Snapshot
 from modewright.pruning.effect import some_batches
 from modewright.pruning.importance.gradient import gradients, single_samples
-from modewright.pruning.surgery import silence
+from modewright.pruning.importance.norms import norm_input_means, remembered_costs
+from modewright.pruning.norms import shift_means
+from modewright.pruning.surgery import CutPlan, silence
 from modewright.pruning.width.choices import Choice
+from modewright.pruning.width.costs import Widths
 from modewright.pruning.width.searcher import WidthSearcher, refilled
 
 _TINY = 1e-12
@@ -42,16 +47,55 @@ class GradnasSearcher(WidthSearcher):
     def default_search_config(self) -> dict[str, Any]:
         """See the base class.
 
-        ``rounds``: in how many steps units are cut. ``gradient_samples``: on how many samples out
-        of the calibration batches importance is estimated, one by one.
+        ``rounds``: in how many steps units are cut. ``importance``: ``"gradient"``; or ``"norms"``,
+        which needs no data: by what batch norms remember (see ``importance.norms``), which then
+        make up for the mean of what is lost, unless ``norm_batches`` has them gather statistics
+        anew. ``gradient_samples``: on how many samples out of the calibration batches importance
+        is estimated, one by one.
         """
-        return {**super().default_search_config, "rounds": 4, "gradient_samples": 256}
+        own = {"rounds": 4, "gradient_samples": 256, "importance": "gradient"}
+        return {**super().default_search_config, **own}
 
     @property
     def default_state_dict(self) -> dict[str, Any]:
         """See the base class."""
         own = {"rounds_done": 0, "importance": {}, "now": {}}
         return {**super().default_state_dict, **own}
+
+    def before_search(self) -> None:
+        """Look what norms remember, if that is asked for; then see the base class."""
+        kind = self.config["importance"]
+        if kind not in ("gradient", "norms"):
+            raise ConfigError(f"importance is 'gradient' or 'norms'; received {kind!r}.")
+        self._means: dict[str, torch.Tensor] = {}
+        super().before_search()
+        if kind == "norms":
+            self._means = norm_input_means(self.model, self.dummy_input, {})
+            self._worth = remembered_costs(self.model, self.groups, self.dummy_input)
+
+    def adjust_norms(self, plan: CutPlan) -> None:
+        """Gather statistics anew, or make up for the mean of what is lost."""
+        if self._means and not self._norm_batches():
+            now = norm_input_means(self.model, self.dummy_input, plan.kept)
+            shift_means(self.model, self._means, now, plan.kept)
+        else:
+            super().adjust_norms(plan)
+
+    @property
+    def adjusts_norms(self) -> bool:
+        """See the base class."""
+        return bool(self._means) or super().adjusts_norms
+
+    def score_of(self, widths: Widths, kept: Mapping[str, Sequence[int]] | None = None) -> float:
+        """See the base class; without data and functions that score, what is lost counts."""
+        given = (self.config[name] for name in ("calibration", "score_func", "loss_func"))
+        if not self._means or any(value is not None for value in given):
+            return super().score_of(widths, kept)
+        units = self.kept(widths) if kept is None else kept
+        return -sum(
+            float(worth.sum() - worth[list(units[name])].sum())
+            for name, worth in self._worth.items()
+        )
 
     def run_search(self) -> None:
         """Cut units in rounds."""
@@ -75,17 +119,23 @@ class GradnasSearcher(WidthSearcher):
 
     def _estimate(self) -> dict[str, torch.Tensor]:
         """Return what each unit that is left is worth now; those that are gone, nothing."""
-        snapshot = Snapshot(all_modules(self.model))
-        try:
-            silence(self.model, self.groups, self.now)
-            found = gradients(self.model, self.groups, self._samples(), self.config["loss_func"])
-        finally:
-            snapshot.roll_back()
+        if self._means:
+            found = {name: worth.clone() for name, worth in self._worth.items()}
+        else:
+            found = self._gradients()
         for name, values in found.items():
             gone = torch.ones(len(values), dtype=torch.bool)
             gone[self.now[name]] = False
             values[gone] = -1.0
         return found
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        snapshot = Snapshot(all_modules(self.model))
+        try:
+            silence(self.model, self.groups, self.now)
+            return gradients(self.model, self.groups, self._samples(), self.config["loss_func"])
+        finally:
+            snapshot.roll_back()
 
     def _samples(self) -> list[Any]:
         count = int(self.config["gradient_samples"])

@@ -23,7 +23,7 @@ from modewright.pruning.norms import (
     tracking_norms,
 )
 from modewright.pruning.space import choose, chosen, open_space
-from modewright.pruning.surgery import plan_cut, trial_cut
+from modewright.pruning.surgery import CutPlan, plan_cut, trial_cut
 from modewright.pruning.width.choices import Choice, choices, smallest, whole
 from modewright.pruning.width.config import WidthConfig
 from modewright.pruning.width.costs import Costs, Widths
@@ -90,7 +90,7 @@ class WidthSearcher(BaseSearcher):
         with self.trial(self.best["kept"]):
             gathered = norm_statistics(self.model)
         choose(self.model, self.groups, self.best["kept"], dict(self.graph.untraced))
-        if self._norm_batches():
+        if self.adjusts_norms:
             set_norm_statistics(self.model, gathered, chosen(self.model).plan.kept)
 
     @property
@@ -126,10 +126,15 @@ class WidthSearcher(BaseSearcher):
     @contextmanager
     def trial(self, kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
         """Let the network be a subnet for a while, with its norms' statistics gathered anew."""
-        with trial_cut(self.model, plan_cut(self.model, self.groups, kept)):
-            run = self.config["loss_func"] or run_batch  # which knows what of a batch is a label
-            recalibrate_norms(self.model, self._norm_batches(), run)
+        plan = plan_cut(self.model, self.groups, kept)
+        with trial_cut(self.model, plan):
+            self.adjust_norms(plan)
             yield
+
+    def adjust_norms(self, plan: CutPlan) -> None:
+        """Bring the statistics of norms up to date in a network that was cut as a plan says."""
+        run = self.config["loss_func"] or run_batch  # which knows what of a batch is a label
+        recalibrate_norms(self.model, self._norm_batches(), run)
 
     def measure(self) -> float:
         """Return how good the network is as it is now; higher is better."""
@@ -144,6 +149,11 @@ class WidthSearcher(BaseSearcher):
             "score": self.score_of(widths, units),
             "costs": self.costs(widths),
         }
+
+    @property
+    def adjusts_norms(self) -> bool:
+        """Whether a subnet has statistics of its own in its norms."""
+        return bool(self._norm_batches())
 
     def _norm_batches(self) -> list[Any]:
         needed = self.config["norm_batches"] and tracking_norms(self.model)
