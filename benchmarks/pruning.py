@@ -22,7 +22,6 @@ from torch.nn import functional
 import modewright
 import pruning_cnn as cnn
 
-DIVISOR = 4
 OPTIONS: dict[str, dict[str, Any]] = {
     "fastnas": {"widths": 5, "norm_batches": 4},
     "gradnas": {"gradient_samples": 512, "rounds": 8},
@@ -58,14 +57,14 @@ def loss(model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def pruned(
-    mode: str, model: nn.Module, digits: cnn.Digits, constraints: dict[str, str]
+    mode: str, model: nn.Module, digits: cnn.Digits, constraints: dict[str, str], divisor: int
 ) -> nn.Module:
     """Search and export with one mode."""
     result = modewright.search(
         model,
-        (mode, {"divisor": DIVISOR}),
+        (mode, {"divisor": divisor}),
         constraints,
-        dummy_input=torch.zeros(1, 1, 28, 28),
+        dummy_input=torch.zeros(cnn.BATCH, 1, 28, 28),  # what latencies are measured on
         calibration=digits.batches("train"),
         score_func=lambda found: -cnn.loss(found, digits, "validation"),
         loss_func=loss,
@@ -82,6 +81,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("mode", nargs="?", choices=("fastnas", "gradnas", "autonas"))
     parser.add_argument("--latency", help="a bound on the latency too, such as 60%%")
+    parser.add_argument("--divisor", type=int, default=4, help="what widths are multiples of")
     arguments = parser.parse_args()
     constraints = {"flops": "50%"}
     if arguments.latency:
@@ -92,7 +92,7 @@ def main() -> None:
         row = cnn.measured(
             f"modewright {arguments.mode}",
             arguments.folder,
-            lambda model, digits: pruned(arguments.mode, model, digits, constraints),
+            lambda m, digits: pruned(arguments.mode, m, digits, constraints, arguments.divisor),
         )
         print(json.dumps(row))
     else:
