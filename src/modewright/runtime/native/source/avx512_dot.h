@@ -33,7 +33,7 @@ struct Dot {
     const int8_t* end = from + steps * F * kBytes;
     do {
       each<OUTS>(EACH(o) {
-        _mm_prefetch(reinterpret_cast<const char*>(packed[o] + at + kAhead), _MM_HINT_NTA);
+        fetch_line(packed[o] + at + ahead, deep);
         const __m512i raw = raw_step<KIND, TAIL>(u, packed[o] + at, bytes - at);
         each<F>(EACH(f) {
           const __m512i unpacked = field<KIND, TABLE>(u, raw, f);
@@ -57,7 +57,8 @@ struct Dot {
     });
   }
 
-  static constexpr int64_t kAhead = 8192;
+  const bool deep = fetches_deep();
+  const int64_t ahead = deep ? 12288 : 8192;
 };
 
 struct RowScales {  // of up to four outputs

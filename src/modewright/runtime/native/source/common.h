@@ -2,6 +2,10 @@
 // What every instruction set does alike. Included into each of them, so that the compiler makes the
 // best of these loops there; everything is local to the file that includes it.
 #pragma once
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 #include <cfloat>
 #include <cmath>
 #include <cstdlib>
@@ -11,6 +15,26 @@
 
 namespace mw {
 namespace {
+
+// Intel's cores since Sapphire Rapids, which are those with AMX: far from memory, and with a second
+// cache that keeps three times as many loads in flight as the first.
+inline bool fetches_deep() {
+#ifdef __x86_64__
+  static const bool found = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 24 & 1) != 0;
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+
+// Has a line of a weight fetched that is read once: into the second cache, or past it.
+inline __attribute__((always_inline)) void fetch_line(const void* at, bool deep) {
+  if (deep) __builtin_prefetch(at, 0, 2);
+  else __builtin_prefetch(at, 0, 0);
+}
 
 // Zeroed memory for a moment; there is nobody to tell if there is none.
 inline void* memory_of(size_t size) {
