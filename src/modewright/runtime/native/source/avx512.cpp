@@ -3,6 +3,7 @@
 #include "kernel.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#include "avx512_amx.h"
 #include "avx512_dot.h"
 #include "avx512_panel.h"
 #include "avx512_quantize.h"
@@ -30,25 +31,61 @@ void dot(const Job& job, int64_t first, int64_t last) {
   }
 }
 
+template <class MULTIPLY>
 void panel(const Job& job, int64_t first, int64_t last) {
   const bool table = job.weight->table != nullptr;
   switch (kind_of(*job.weight)) {
-    case kByte: return panel_kind<kByte, false>(job, first, last);
-    case kCrumb: return panel_kind<kCrumb, false>(job, first, last);
+    case kByte: return panel_kind<kByte, false, MULTIPLY>(job, first, last);
+    case kCrumb: return panel_kind<kCrumb, false, MULTIPLY>(job, first, last);
     case kNibble:
-      return table ? panel_kind<kNibble, true>(job, first, last)
-                   : panel_kind<kNibble, false>(job, first, last);
+      return table ? panel_kind<kNibble, true, MULTIPLY>(job, first, last)
+                   : panel_kind<kNibble, false, MULTIPLY>(job, first, last);
     default:
-      return table ? panel_kind<kStream, true>(job, first, last)
-                   : panel_kind<kStream, false>(job, first, last);
+      return table ? panel_kind<kStream, true, MULTIPLY>(job, first, last)
+                   : panel_kind<kStream, false, MULTIPLY>(job, first, last);
   }
 }
 
-const Isa kIsa = {"avx512", kBytes, 2, quantize, dot, interleave, panel, search_rows, float_dot, float_unpack};
+struct InRegisters {
+  template <int PANELS, bool SHIFTS>
+  static void run(const Job& job, const Panel* panels, int64_t n) {
+    tiles<PANELS, SHIFTS>(job, panels, n);
+  }
+};
+
+#ifdef MW_AMX
+struct InTiles {
+  template <int PANELS, bool SHIFTS>
+  static void run(const Job& job, const Panel* panels, int64_t n) {
+    in_tiles<PANELS, SHIFTS>(job, panels, n);
+  }
+};
+
+void interleave_either(const Job& job) {
+  fills_tiles(job.plan) ? interleave_rows(job) : interleave(job);
+}
+
+void panel_either(const Job& job, int64_t first, int64_t last) {
+  fills_tiles(job.plan) ? panel<InTiles>(job, first, last) : panel<InRegisters>(job, first, last);
+}
+
+const Isa kAmx = {"avx512", kBytes, 2, quantize, dot, interleave_either, panel_either,
+                  search_rows, float_dot, float_unpack};
+#endif
+
+const Isa kIsa = {"avx512", kBytes, 2, quantize, dot, interleave, panel<InRegisters>,
+                  search_rows, float_dot, float_unpack};
 
 }  // namespace
 
-const Isa* avx512_isa() { return &kIsa; }
+const Isa* avx512_isa() {
+#ifdef MW_AMX
+  static const Isa* found = amx_usable() ? &kAmx : &kIsa;
+  return found;
+#else
+  return &kIsa;
+#endif
+}
 
 }  // namespace mw
 

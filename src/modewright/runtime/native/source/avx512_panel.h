@@ -211,7 +211,8 @@ void tiles(const Job& job, const Panel* panels, int64_t n) {
   }
 }
 
-template <Kind KIND, bool TABLE>
+// MULTIPLY: multiplies all rows by one or two panels, with or without zero points of their own.
+template <Kind KIND, bool TABLE, class MULTIPLY>
 void panel_kind(const Job& job, int64_t first, int64_t last) {
   const Unpacker u(*job.weight);
   const Plan& p = job.plan;
@@ -231,9 +232,11 @@ void panel_kind(const Job& job, int64_t first, int64_t last) {
     for (int c = 0; c < 1 + two; ++c)
       unpack_panel<KIND, TABLE>(job, u, n + c * kLanes, panels[c], work);
     if (job.weight->zero_point) {
-      two ? tiles<2, true>(job, panels, n) : tiles<1, true>(job, panels, n);
+      two ? MULTIPLY::template run<2, true>(job, panels, n)
+          : MULTIPLY::template run<1, true>(job, panels, n);
     } else {
-      two ? tiles<2, false>(job, panels, n) : tiles<1, false>(job, panels, n);
+      two ? MULTIPLY::template run<2, false>(job, panels, n)
+          : MULTIPLY::template run<1, false>(job, panels, n);
     }
   }
   std::free(memory);

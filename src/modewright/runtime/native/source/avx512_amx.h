@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Part of avx512.cpp: the kernel for many rows on CPUs with AMX. Panels are what a tile of weights
+// is: 16 outputs by 64 inputs. 32 rows and 32 outputs at a time are multiplied in tiles.
+#pragma once
+#include "avx512_panel.h"
+
+// Compilers that know AMX; it takes Linux to be allowed to use it.
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define MW_AMX __attribute__((target("amx-tile,amx-int8")))
+
+namespace mw {
+namespace {
+
+constexpr int64_t kAmxRows = 16;  // of a tile
+
+// Whether the CPU has tiles, and the system lets this process use them.
+inline bool amx_usable() {
+  unsigned a, b, c, d;
+  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of Linux
+  return there && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, unused[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Short entries leave tiles half empty: registers are faster then.
+inline bool fills_tiles(const Plan& p) { return p.entry % kBytes == 0; }
+
+// Tiles 0 to 3: sums of both halves of the rows by both panels; 4, 5: rows; 6, 7: panels.
+MW_AMX inline void shape_tiles(int64_t rows) {
+  TileShapes shapes;
+  const int64_t low = rows < kAmxRows ? rows : kAmxRows, high = rows - low;
+  for (int t = 0; t < 6; ++t) {
+    shapes.rows[t] = uint8_t(t & 1 ? high : low);
+    shapes.row_bytes[t] = uint16_t(shapes.rows[t] ? kBytes : 0);
+  }
+  for (int t = 6; t < 8; ++t) {
+    shapes.rows[t] = kBytes / 4;
+    shapes.row_bytes[t] = kBytes;
+  }
+  _tile_loadconfig(&shapes);
+}
+
+struct AmxSums {
+  alignas(64) int32_t sums[2][2 * kAmxRows][kLanes];
+  alignas(64) float totals[2][2 * kAmxRows][kLanes];
+};
+
+// The int8 numbers of rows in the order in which panels have their inputs.
+inline void interleave_rows(const Job& job) {
+  const Plan& p = job.plan;
+  const int64_t fields = p.fields, fours = job.rows * p.padded / 4;
+  const int64_t step = fields * kLanes;
+  const int32_t* from = reinterpret_cast<const int32_t*>(job.codes);
+  int32_t* to = reinterpret_cast<int32_t*>(job.tiles);
+  for (int64_t at = 0; at < fours; at += step)
+    for (int64_t d = 0; d < kLanes; ++d)
+      for (int64_t f = 0; f < fields; ++f) to[at + d * fields + f] = from[at + f * kLanes + d];
+  for (int64_t i = 0; i < job.rows * p.entries; ++i)
+    job.tile_offsets[i] = -job.weight->zero * job.sums[i];
+}
+
+// Adds the sums of an entry to the totals, as numbers.
+template <bool TWO, bool SHIFTS>
+void add_entry(const Job& job, const Panel* panels, int64_t row, int64_t rows, int64_t e,
+               AmxSums& at) {
+  const int64_t entries = job.plan.entries;
+  constexpr int kPanels = 1 + TWO;
+  __m512 scale[kPanels];
+  __m512i shift[kPanels];
+  for (int c = 0; c < kPanels; ++c) {
+    scale[c] = _mm512_loadu_ps(panels[c].scales + e * kLanes);
+    if (SHIFTS) shift[c] = _mm512_loadu_si512(panels[c].shifts + e * kLanes);
+  }
+  const float* own = job.scales + row * entries + e;
+  const int32_t* offset = job.tile_offsets + row * entries + e;
+  const int32_t* of_codes = job.sums + row * entries + e;
+  for (int64_t r = 0; r < rows; ++r, own += entries, offset += entries, of_codes += entries) {
+    const __m512 of_row = _mm512_set1_ps(*own);
+    const __m512i zeros = _mm512_set1_epi32(*offset);
+    for (int c = 0; c < kPanels; ++c) {
+      __m512i sum = _mm512_add_epi32(_mm512_load_si512(at.sums[c][r]), zeros);
+      if (SHIFTS) {
+        const __m512i codes = _mm512_set1_epi32(*of_codes);
+        sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(codes, shift[c]));
+      }
+      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), of_row);
+      const __m512 total = _mm512_load_ps(at.totals[c][r]);
+      _mm512_store_ps(at.totals[c][r], _mm512_fmadd_ps(product, scale[c], total));
+    }
+  }
+}
+
+template <bool HIGH, bool TWO>
+MW_AMX void multiply_entry(const int8_t* x, int64_t stride, const uint8_t* first,
+                           const uint8_t* second, int64_t chunks, AmxSums& to) {
+  _tile_zero(0);
+  if (HIGH) _tile_zero(1);
+  if (TWO) _tile_zero(2);
+  if (HIGH && TWO) _tile_zero(3);
+  for (int64_t c = 0; c < chunks; ++c, x += kBytes) {
+    _tile_loadd(4, x, stride);
+    _tile_loadd(6, first, kBytes);
+    _tile_dpbsud(0, 4, 6);
+    if (HIGH) _tile_loadd(5, x + kAmxRows * stride, stride);
+    if (HIGH) _tile_dpbsud(1, 5, 6);
+    if (TWO) _tile_loadd(7, second, kBytes);
+    if (TWO) _tile_dpbsud(2, 4, 7);
+    if (HIGH && TWO) _tile_dpbsud(3, 5, 7);
+    first += kBytes * kLanes;
+    second += kBytes * kLanes;
+  }
+  _tile_stored(0, to.sums[0], kBytes);
+  if (HIGH) _tile_stored(1, to.sums[0][kAmxRows], kBytes);
+  if (TWO) _tile_stored(2, to.sums[1], kBytes);
+  if (HIGH && TWO) _tile_stored(3, to.sums[1][kAmxRows], kBytes);
+}
+
+template <bool TWO, bool SHIFTS>
+MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n) {
+  const Plan& p = job.plan;
+  const int64_t chunks = p.entry / kBytes;
+  AmxSums at;
+  int64_t shaped = 0;
+  for (int64_t row = 0; row < job.rows; row += 2 * kAmxRows) {
+    const int64_t left = job.rows - row, rows = left < 2 * kAmxRows ? left : 2 * kAmxRows;
+    if (rows != shaped) shape_tiles(rows);
+    shaped = rows;
+    std::memset(at.totals, 0, sizeof at.totals);
+    for (int64_t e = 0; e < p.entries; ++e) {
+      const int8_t* x = job.tiles + row * p.padded + e * p.entry;
+      const uint8_t* first = panels[0].codes + e * p.entry * kLanes;
+      const uint8_t* second = panels[TWO].codes + e * p.entry * kLanes;
+      rows > kAmxRows ? multiply_entry<true, TWO>(x, p.padded, first, second, chunks, at)
+                      : multiply_entry<false, TWO>(x, p.padded, first, second, chunks, at);
+      add_entry<TWO, SHIFTS>(job, panels, row, rows, e, at);
+    }
+    for (int c = 0; c <= TWO; ++c) {
+      const __mmask16 mask = first_lanes(job.weight->n - n - c * kLanes);
+      float* out = job.out + row * job.weight->n + n + c * kLanes;
+      for (int64_t r = 0; r < rows; ++r)
+        _mm512_mask_storeu_ps(out + r * job.weight->n, mask, _mm512_load_ps(at.totals[c][r]));
+    }
+  }
+}
+
+// As tiles() of avx512_panel.h does it.
+template <int PANELS, bool SHIFTS>
+MW_AMX void in_tiles(const Job& job, const Panel* panels, int64_t n) {
+  amx_tiles<PANELS == 2, SHIFTS>(job, panels, n);
+  _tile_release();
+}
+
+}  // namespace
+}  // namespace mw
+#endif
