@@ -60,8 +60,8 @@ def test_the_order_and_the_cut_of_the_data_do_not_matter() -> None:
     whole = modewright.quantize(model(), "w8a8_static", calibration=[torch.cat(batches())])
     parts = modewright.quantize(model(), "w8a8_static", calibration=batches()[::-1])
 
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(parts.state_dict()[name], tensor), name
+    for name, tensor in whole.state_dict().items():  # products of other sizes may round otherwise
+        torch.testing.assert_close(parts.state_dict()[name], tensor, rtol=1e-6, atol=0)
 
 
 def test_weight_scales_are_per_channel_and_per_group() -> None:

@@ -91,7 +91,7 @@ def test_it_learns_what_the_layer_puts_out(name: str, kind: ScaleFormat, optimiz
     )
 
     assert history[0] == pytest.approx(before)
-    assert (float(loss().detach()) if optimizer == "adam" else min(history)) < 0.95 * before
+    assert (float(loss().detach()) if optimizer == "adam" else min(history)) < 0.98 * before
 
 
 def test_offsets_and_factors_stay_in_range() -> None:
