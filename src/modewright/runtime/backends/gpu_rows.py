@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,11 @@ def has_kernels(device: str) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     return device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Return the context in which kernels are launched where a tensor is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def knows(act: str | None) -> bool:
@@ -70,13 +76,14 @@ def scale_product(
     count, outputs = product.shape
     result = product.new_empty(count, outputs, dtype=dtype)
     tile = min(_LONGEST_TILE, 1 << (outputs - 1).bit_length())
-    _kernels().scaled[(count, -(-outputs // tile))](
-        *(product, row_scales, output_scales, product if bias is None else bias, result),
-        outputs,
-        HAS_BIAS=bias is not None,
-        OUTPUTS=tile,
-        num_warps=8,
-    )
+    with on_device_of(product):
+        _kernels().scaled[(count, -(-outputs // tile))](
+            *(product, row_scales, output_scales, product if bias is None else bias, result),
+            outputs,
+            HAS_BIAS=bias is not None,
+            OUTPUTS=tile,
+            num_warps=8,
+        )
     return result
 
 
@@ -87,7 +94,9 @@ def _quantized(
     codes, largest = _CODES[act]
     result = torch.empty_like(rows, dtype=dtype)
     scales = rows.new_empty(len(rows), 1, dtype=torch.float32)
-    if len(rows):
+    if not len(rows):
+        return result, scales
+    with on_device_of(rows):
         _kernels().quantized[(len(rows),)](
             *(rows, scales if act_scale is None else act_scale, result, scales, rows.shape[1]),
             SMALLEST=SMALLEST_FP32,

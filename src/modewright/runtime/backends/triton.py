@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from modewright.formats.catalogue import code_values
 from modewright.formats.floating import FloatFormat
 from modewright.formats.integer import IntegerFormat
 from modewright.runtime.backends.base import Backend, Case
-from modewright.runtime.backends.gpu_rows import has_kernels, knows, simulate_rows
+from modewright.runtime.backends.gpu_rows import has_kernels, knows, on_device_of, simulate_rows
 from modewright.runtime.backends.portable import simulated
 from modewright.runtime.packed_spec import PackedSpec
 from modewright.runtime.packed_weight import PackedWeight
@@ -105,7 +104,7 @@ class Triton(Backend):
             simulate = simulate_rows if knows(act) else simulated
             rows = simulate(rows, act, act_scale).to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        with on_device_of(x):
             if len(rows) <= _ONE_BY_ONE:
                 result = _one_by_one(rows, prepared, bias)
             elif len(rows) <= _BY_TILES and x.dtype is not torch.float32:
