@@ -66,6 +66,7 @@ ROWS = [
     "llmcompressor s50 wanda --written 64 --kl",
     "llmcompressor 2to4 sparsegpt --written 64 --kl",
     "llmcompressor 2to4_w4a16_g64_asym sparsegpt --windows 32 --kl",
+    "llmcompressor 2to4_w4a16_g64_asym sparsegpt --written 64 --kl",
     "llmcompressor w4a16_g64 gptq --minilm",
     "llmcompressor w3a16_g64 gptq --minilm",
     "llmcompressor w8a8 rtn --minilm",
