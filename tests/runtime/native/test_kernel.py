@@ -128,6 +128,24 @@ def test_integers_times_integers_are_exact(rows: int, isa: str) -> None:
 
 
 @each_isa
+@pytest.mark.parametrize("rows", [15, 16, 17, 31, 32, 33, 64, 77])
+@pytest.mark.parametrize("fields", [group(64), group(128), {}], ids=["group 64", "128", "channel"])
+@pytest.mark.parametrize("fmt", ["int4", "uint4", "uint2", "int3", "int8", "uint8"])
+def test_all_rows_and_outputs_of_tiles_that_are_full_or_cut_off(
+    fmt: str, fields: dict[str, Any], rows: int, isa: str
+) -> None:
+    for outputs, inputs in ((49, 256), (16, 576)):
+        weight = random_weight(fmt, outputs, inputs, **fields)
+        x = numbers(rows, inputs)
+
+        y = run(weight, x, None, "int8_token", isa=isa)
+
+        exact = portable_linear(x.double(), weight, None, "int8_token", None)
+        torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4 * float(exact.std()))
+        assert_within_rounding(weight, x, run(weight, x, isa=isa))
+
+
+@each_isa
 def test_a_row_that_is_not_finite_gives_a_row_of_nan_and_no_other(isa: str) -> None:
     weight = random_weight("int4", 20, 128, **group(64))
     for bad in (torch.nan, torch.inf, -torch.inf):
