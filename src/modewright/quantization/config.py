@@ -369,6 +369,11 @@ class CompressConfig(ModeConfig):
         description="As what scales of format fp32 are stored: 'auto' takes float16 for groups and "
         "float32 where few share a tensor. What is too small or large for float16 is float32.",
     )
+    fuse: bool = Field(
+        default=True,
+        description="Run norms, gated activations and causal attention between packed layers by "
+        "the kernel library where it has kernels for them: in float32 on a CPU.",
+    )
 
 
 class DecompressConfig(ModeConfig):

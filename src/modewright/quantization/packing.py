@@ -4,7 +4,8 @@
 Codes and scales are taken over as the quantizers have them: chosen codes as they were chosen,
 others the nearest ones, and max scales where there are none. What a layer had for its inputs (a
 scale, a rotation, a branch of low rank, a quantizer) goes with it. What a mask holds at zero has
-the code of zero: masks are folded.
+the code of zero: masks are folded. What lies between packed layers is fused
+(:mod:`modewright.runtime.layers.fused`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from modewright.runtime.layers import (
     PackedTransposedLinear,
     make_packed,
 )
+from modewright.runtime.layers.fused import fuse, fuse_as_recorded
 from modewright.runtime.layers.record import INPUT_TENSORS, TRANSFORMS
 from modewright.runtime.packed_spec import PackedSpec, ScaleDtype
 from modewright.runtime.packed_weight import PackedWeight, fits_float16
@@ -87,9 +89,11 @@ def compress(model: nn.Module, config: CompressConfig) -> tuple[nn.Module, Metad
         reasons = "".join(f"\n  {path or 'the model'}: {why}" for path, why in skipped.items())
         raise ConfigError(f"mode 'compress' would pack nothing:{reasons}")
     _fold_masks(model)
+    fused = fuse(model, packed) if config.fuse else {}
     metadata = {
         "layers": {path: record.as_dict() for path, record in packed.items()},
         "shared": once.shared,
+        "fused": fused,
         "skipped": [{"module": path, "reason": why} for path, why in skipped.items()],
     }
     return model, metadata
@@ -155,6 +159,7 @@ def restore_compress(model: nn.Module, metadata: Metadata) -> nn.Module:
                 f"The record of the packed layer {path!r} does not fit this model: {error}"
             ) from error
     _fold_masks(model)
+    fuse_as_recorded(model, metadata.get("fused", {}))
     return model
 
 

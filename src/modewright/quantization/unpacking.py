@@ -18,6 +18,7 @@ from modewright.quantization.convert import (
 )
 from modewright.quantization.layers import read_parts
 from modewright.runtime.layers import PackedLayer, make_plain
+from modewright.runtime.layers.fused import unfuse
 
 Metadata = dict[str, Any]
 
@@ -28,6 +29,7 @@ def decompress(model: nn.Module) -> tuple[nn.Module, Metadata]:
     What was set for the inputs of a layer is folded into its weight; the quantizers of activations
     are gone afterwards.
     """
+    unfuse(model)
     skipped = []
     unpacked: dict[int, nn.Parameter] = {}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedLayer)}
@@ -63,6 +65,7 @@ def restore_decompress(model: nn.Module, metadata: Metadata) -> nn.Module:
     Raises:
         CheckpointError: A recorded layer is not packed.
     """
+    unfuse(model)
     made: dict[int, nn.Parameter] = {}
     for path in metadata["layers"]:
         layer = layer_named(model, path)

@@ -120,6 +120,11 @@ def using(*names: str) -> Iterator[None]:
         _allowed.pop()
 
 
+def allows(name: str) -> bool:
+    """Whether :func:`using` lets a backend serve."""
+    return not _allowed or name in _allowed[-1]
+
+
 def _new_plan(weight: PackedWeight, x: torch.Tensor, act: str | None, key: Any) -> _Plan:
     """Choose a backend and let it prepare the weight, or find that this was done."""
     if x.device != weight.device:

@@ -61,6 +61,7 @@ class Library:
 
     def __init__(self, path: str) -> None:
         loaded = ctypes.CDLL(path)
+        self.loaded = loaded
         self.linear = loaded.mw_linear
         self.linear.argtypes = [
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64),

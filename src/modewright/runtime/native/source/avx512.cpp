@@ -4,6 +4,7 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #include "avx512_amx.h"
+#include "avx512_attend.h"
 #include "avx512_dot.h"
 #include "avx512_panel.h"
 #include "avx512_quantize.h"
@@ -70,11 +71,13 @@ void panel_either(const Job& job, int64_t first, int64_t last) {
 }
 
 const Isa kAmx = {"avx512", kBytes, 2, quantize, dot, interleave_either, panel_either,
-                  search_rows, float_dot, float_unpack};
+                  search_rows, float_dot, float_unpack,
+                  rms_norm, silu_gate, attend_prepare, attend};
 #endif
 
 const Isa kIsa = {"avx512", kBytes, 2, quantize, dot, interleave, panel<InRegisters>,
-                  search_rows, float_dot, float_unpack};
+                  search_rows, float_dot, float_unpack,
+                  rms_norm, silu_gate, attend_prepare, attend};
 
 }  // namespace
 

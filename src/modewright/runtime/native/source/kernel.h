@@ -81,6 +81,18 @@ struct ScaleSearch {
   int32_t counts_of_rows;
 };
 
+// Causal attention, float32. Mirrored by modewright.runtime.native.between.AttentionStruct.
+struct Attention {
+  const float *query, *key, *value;  // [batch][head][token][features]: features lie side by side,
+  float* out;                        // the others are so many floats apart; [batch][token][head][..]
+  float* arranged;                   // room for the keys
+  int64_t batches, heads, kv_heads, tokens, features;
+  int64_t query_batch, query_head, query_token;
+  int64_t key_batch, key_head, key_token;
+  int64_t value_batch, value_head, value_token;
+  float scaling;
+};
+
 // One instruction set.
 struct Isa {
   const char* name;
@@ -95,6 +107,11 @@ struct Isa {
   void (*float_dot)(const Weight&, const float* x, int64_t x_stride, int64_t rows, float* out,
                     int64_t first, int64_t last);
   void (*float_unpack)(const Weight&, void* to, Dtype, int64_t first, int64_t last);
+  void (*rms_norm)(const float* x, const float* weight, float* y, int64_t n, float eps,
+                   int64_t first, int64_t last);
+  void (*silu_gate)(float* gate, const float* up, int64_t first, int64_t last);
+  void (*attend_prepare)(const Attention&, int64_t first, int64_t last);  // null: there is none
+  void (*attend)(const Attention&, int64_t first, int64_t last);
 };
 
 const Isa* scalar_isa();

@@ -36,6 +36,11 @@ const Isa* best_isa() {
   return scalar_isa();
 }
 
+const Isa* isa_named(int place) {
+  static const Isa* best = best_isa();
+  return place == 3 ? best : isa_at(place);
+}
+
 int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
 
 int64_t up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
@@ -186,9 +191,7 @@ MW_EXPORT int mw_fits(const Weight* weight, int place, int activation) {
 // Returns 0, 1 if groups do not fit, 2 if memory ran out.
 MW_EXPORT int mw_linear(const Weight* weight, const void* x, int64_t rows, const void* bias,
                         void* y, float scale, int options) {
-  static const Isa* best = best_isa();
-  const int place = options >> 7 & 3;
-  const Isa* isa = place == 3 ? best : isa_at(place);
+  const Isa* isa = isa_named(options >> 7 & 3);
   const Activation activation = Activation(options >> 4 & 3);
   Output out{y, Dtype(options & 3), Dtype(options >> 2 & 3), bias, 1 + (options >> 6 & 1)};
   Plan plan;
@@ -209,7 +212,7 @@ MW_EXPORT int mw_linear(const Weight* weight, const void* x, int64_t rows, const
 // of x followed by 16 floats that may be read. Bias: float32 or null.
 MW_EXPORT void mw_float_linear(const Weight* weight, const float* x, int64_t x_stride, int64_t rows,
                                const float* bias, float* y, int place, int threads) {
-  const Isa* isa = place == 3 ? best_isa() : isa_at(place);
+  const Isa* isa = isa_named(place);
   parallel(threads, weight->n, 16, [=](int64_t first, int64_t last) {
     isa->float_dot(*weight, x, x_stride, rows, y, first, last);
     if (!bias) return;
@@ -222,7 +225,7 @@ MW_EXPORT void mw_float_linear(const Weight* weight, const float* x, int64_t x_s
 // bfloat16.
 MW_EXPORT void mw_float_unpack(const Weight* weight, void* to, int dtype, int64_t first,
                                int64_t last, int place, int threads) {
-  const Isa* isa = place == 3 ? best_isa() : isa_at(place);
+  const Isa* isa = isa_named(place);
   const int64_t row = weight->k * (dtype == kF32 ? 4 : 2);
   parallel(threads, last - first, 16, [=](int64_t begin, int64_t end) {
     char* at = static_cast<char*>(to) + begin * row;
@@ -230,10 +233,47 @@ MW_EXPORT void mw_float_unpack(const Weight* weight, void* to, int dtype, int64_
   });
 }
 
+// y = x / sqrt(mean(x^2) + eps) * weight; x, y: [rows][n].
+MW_EXPORT void mw_rms_norm(const float* x, const float* weight, float* y, int64_t rows, int64_t n,
+                           float eps, int place, int threads) {
+  const Isa* isa = isa_named(place);
+  parallel(threads, rows, 64, [=](int64_t first, int64_t last) {
+    isa->rms_norm(x, weight, y, n, eps, first, last);
+  });
+}
+
+// gate = silu(gate) * up, of so many numbers.
+MW_EXPORT void mw_silu_gate(float* gate, const float* up, int64_t count, int place, int threads) {
+  const Isa* isa = isa_named(place);
+  parallel(threads, count, 1 << 15, [=](int64_t first, int64_t last) {
+    isa->silu_gate(gate, up, first, last);
+  });
+}
+
+// Whether an instruction set has a kernel for attention.
+MW_EXPORT int mw_attends(int place) { return isa_named(place)->attend != nullptr; }
+
+// Returns 0, or 2 if memory ran out.
+MW_EXPORT int mw_attend(Attention* attention, int place, int threads) {
+  const Isa* isa = isa_named(place);
+  Attention& a = *attention;
+  const int64_t groups = a.batches * a.kv_heads;
+  Arena arena(sizeof(float) * size_t(groups) * up(a.tokens, 64) * 64 * a.features);
+  if (!arena.memory) return 2;
+  a.arranged = reinterpret_cast<float*>(arena.memory);
+  parallel(threads, groups, 1, [&](int64_t first, int64_t last) {
+    isa->attend_prepare(a, first, last);
+  });
+  parallel(threads, a.batches * a.heads * up(a.tokens, 6), 1, [&](int64_t first, int64_t last) {
+    isa->attend(a, first, last);
+  });
+  return 0;
+}
+
 // Searches the scales of all groups, by instruction set `place` (3 for the best), on so many
 // threads.
 MW_EXPORT void mw_search_scales(const ScaleSearch* search, int place, int threads) {
-  const Isa* isa = place == 3 ? best_isa() : isa_at(place);
+  const Isa* isa = isa_named(place);
   parallel(threads, search->rows, 1, [=](int64_t first, int64_t last) {
     isa->search(*search, first, last);
   });

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// What lies between linear layers: RMS norms and gated activations, each in one pass over memory.
+// Included into each instruction set, as floats.h is.
+#pragma once
+#include <cmath>
+
+#include "common.h"
+#include "floats.h"
+
+namespace mw {
+namespace {
+
+typedef int32_t Ints __attribute__((vector_size(64)));
+
+MW_INLINE void put_floats(float* to, const Floats& value) { std::memcpy(to, &value, sizeof value); }
+
+// 2^x within 2e-7 of itself, for x from -126 on; what is smaller gives 2^-126.
+MW_INLINE Floats exp2_of(Floats x) {
+  const Floats low = Floats{} - 126.0f, high = Floats{} + 127.0f;
+  x = x < low ? low : x > high ? high : x;
+  const float magic = 0x1.8p23f;  // adding it rounds to a whole number, in the lowest bits
+  const Floats moved = x + magic;
+  const Floats part = x - (moved - magic);
+  Floats y = part * 1.5403530e-4f + 1.3333558e-3f;
+  y = y * part + 9.6181291e-3f;
+  y = y * part + 5.5504109e-2f;
+  y = y * part + 2.4022651e-1f;
+  y = y * part + 6.9314718e-1f;
+  y = y * part + 1.0f;
+  Ints bits, exponent;
+  std::memcpy(&bits, &y, sizeof bits);
+  std::memcpy(&exponent, &moved, sizeof exponent);
+  bits += exponent << 23;  // the other bits of `magic` are shifted out
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+// y = x / sqrt(mean(x^2) + eps) * weight, for each row of `n`.
+void rms_norm(const float* x, const float* weight, float* y, int64_t n, float eps, int64_t first,
+              int64_t last) {
+  const int64_t whole = n / kAtOnce * kAtOnce;
+  for (int64_t r = first; r < last; ++r) {
+    const float* from = x + r * n;
+    float* to = y + r * n;
+    Floats sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * kAtOnce <= n; i += 4 * kAtOnce)
+      each<4>(EACH(place) {
+        const Floats value = floats_at(from + i + place * kAtOnce);
+        sums[place] += value * value;
+      });
+    for (; i < whole; i += kAtOnce) sums[0] += floats_at(from + i) * floats_at(from + i);
+    float total = sum_of(sums[0] + sums[1] + (sums[2] + sums[3]));
+    for (; i < n; ++i) total += from[i] * from[i];
+    const float factor = 1.0f / std::sqrt(total / float(n) + eps);
+    for (i = 0; i < whole; i += kAtOnce)
+      put_floats(to + i, floats_at(from + i) * factor * floats_at(weight + i));
+    for (; i < n; ++i) to[i] = from[i] * factor * weight[i];
+  }
+}
+
+// gate = gate / (1 + exp(-gate)) * up: a SiLU and a product, in the memory of `gate`.
+void silu_gate(float* gate, const float* up, int64_t first, int64_t last) {
+  const float log2e = 1.44269504f;
+  int64_t i = first;
+  for (; i + kAtOnce <= last; i += kAtOnce) {
+    const Floats value = floats_at(gate + i);
+    put_floats(gate + i, value / (exp2_of(value * -log2e) + 1.0f) * floats_at(up + i));
+  }
+  for (; i < last; ++i) gate[i] = gate[i] / (std::exp(-gate[i]) + 1.0f) * up[i];
+}
+
+}  // namespace
+}  // namespace mw
