@@ -33,6 +33,7 @@ __all__ = [
     "LayerGroup",
     "OnBlock",
     "as_original",
+    "exact_activations",
     "input_rows",
     "layer_groups",
     "walk",
@@ -46,6 +47,14 @@ Metadata = dict[str, Any]
 def as_original(module: nn.Module) -> Iterator[None]:
     """Let a quantized module compute what it did before it was quantized."""
     with disabled(quantizers_of(module)):
+        yield
+
+
+@contextmanager
+def exact_activations(module: nn.Module) -> Iterator[None]:
+    """Let activations of a quantized module pass as they are, and its weights be quantized."""
+    layers = quantized_layers(module).values()
+    with disabled([q for layer in layers for q in layer.activation_quantizers().values()]):
         yield
 
 

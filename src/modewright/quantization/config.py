@@ -236,6 +236,11 @@ class GptqConfig(ModeConfig):
     correction_damping: float = Field(
         default=0.5, gt=0, description="How strongly that correction is held back."
     )
+    exact_inputs: bool = Field(
+        default=False,
+        description="Look at inputs before they are quantized, here and in earlier layers: what "
+        "quantizing them adds is noise, which weights that make up for it fit.",
+    )
     max_row_norm: float | None = Field(
         default=1.0,
         gt=0,

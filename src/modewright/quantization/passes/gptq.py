@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from modewright.calibration.moments import second_moments
 from modewright.layers.masks import mask_of
 from modewright.least_squares import corrected_target, output_error
 from modewright.quantization.algorithms.gptq import gptq
-from modewright.quantization.blockwise import OnBlock, input_rows, layer_groups, walk
+from modewright.quantization.blockwise import (
+    OnBlock,
+    exact_activations,
+    input_rows,
+    layer_groups,
+    walk,
+)
 from modewright.quantization.config import GptqConfig
 from modewright.quantization.layers import QuantizedLayer
 from modewright.quantization.passes.records import finish, require_tokens
@@ -49,17 +56,18 @@ def convert(
                     found[name] = _solve_layer(layer, hessian, cross, config)
         return found
 
-    blocks = walk(
-        model,
-        calibration,
-        solve,
-        mode="gptq",
-        keep_original=config.correct_inputs,
-        precision=config.precision,
-        on_batch=on_batch,
-        checkpoint=checkpoint,
-        config=config,
-    )
+    with exact_activations(model) if config.exact_inputs else nullcontext():
+        blocks = walk(
+            model,
+            calibration,
+            solve,
+            mode="gptq",
+            keep_original=config.correct_inputs,
+            precision=config.precision,
+            on_batch=on_batch,
+            checkpoint=checkpoint,
+            config=config,
+        )
     return model, finish(model, blocks)
 
 
