@@ -20,7 +20,14 @@ from typing import Any
 import torch
 
 from modewright.errors import ConfigError
-from modewright.runtime.backends.base import FEW_ROWS, MORE_ROWS, SOME_ROWS, Backend, Case
+from modewright.runtime.backends.base import (
+    FEW_ROWS,
+    MORE_ROWS,
+    MOST_ROWS,
+    SOME_ROWS,
+    Backend,
+    Case,
+)
 from modewright.runtime.backends.measure import fastest
 from modewright.runtime.backends.portable import portable_linear
 from modewright.runtime.backends.table import backend_named, backends
@@ -72,7 +79,7 @@ def linear(
         )
     count = x.numel()
     size = (count > FEW_ROWS * columns) + (count > SOME_ROWS * columns)
-    size += count > MORE_ROWS * columns
+    size += (count > MORE_ROWS * columns) + (count > MOST_ROWS * columns)
     key = (x.dtype, x.is_cpu, act, size)
     plan: _Plan | None = weight.plans.get(key)
     if (

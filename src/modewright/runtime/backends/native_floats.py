@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""modewright's own kernel for fp8 and nf4: numbers as they are, times float32."""
+"""modewright's own kernel for fp8 and nf4, and for what is unpacked before it is multiplied."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from modewright.runtime.backends.base import Backend, Case, cpu_problem, fitting
+from modewright.runtime.backends.base import MOST_ROWS, Backend, Case, cpu_problem, fitting
 from modewright.runtime.backends.buffered import fast_bfloat16, kept_buffer
 from modewright.runtime.backends.portable import simulated
 from modewright.runtime.native.library import (
@@ -19,11 +19,13 @@ from modewright.runtime.native.library import (
     NativeWeight,
     float_problem,
     library,
+    unpack_problem,
 )
 from modewright.runtime.packed_weight import PackedWeight
 
 _FEW = 4  # rows that are multiplied without unpacking
 _TOGETHER = 1 << 20  # values that are unpacked at a time: they stay in the cache
+_LONG = 128  # inputs of a group whose int8 sums are scaled in less time than it is unpacked
 _BEYOND = 16  # floats after a row that the kernel may read
 
 
@@ -91,12 +93,53 @@ class NativeFloats(Backend):
         dtype = torch.bfloat16 if fast_bfloat16() else torch.float32
         rows, kind, threads = rows.to(dtype), DTYPES[dtype], torch.get_num_threads()
         step = max(1, _TOGETHER // weight.columns)
-        parts = []
+        result = x.new_empty(len(rows), weight.rows)
         for first in range(0, weight.rows, step):
             last = min(first + step, weight.rows)
             dense = kept_buffer((last - first, weight.columns), dtype)
             weight.kernels.float_unpack(
                 weight.address, dense.data_ptr(), kind, first, last, self._place, threads
             )
-            parts.append(F.linear(rows, dense))
-        return fitting(torch.cat(parts, -1), x, bias)
+            result[:, first:last] = F.linear(rows, dense)
+        return fitting(result, x, bias)
+
+
+class NativeBfloat16(NativeFloats):
+    """Codes of four bits, unpacked to bfloat16, where a CPU has tiles that multiply that.
+
+    A product of hundreds of rows that scales every group of int8 sums takes longer there than one
+    in bfloat16, which is scaled as it is unpacked.
+    """
+
+    name = "native-bf16"
+    summary = "own kernel unpacks to bfloat16, which tiles multiply: hundreds of rows"
+    needs = "AMX; codes of 4 bits in groups below 128; more than 256 rows; no int8 activations"
+
+    def refuses(self, case: Case) -> str | None:  # noqa: D102
+        problem = cpu_problem(case) or unpack_problem(case.spec)
+        if problem is not None:
+            return problem
+        found = library()
+        if isinstance(found, str):
+            return found
+        if not (torch.cpu._is_amx_tile_supported() and fast_bfloat16()):
+            return "this CPU has no AMX"
+        if case.spec.tile[1] >= _LONG and not case.spec.has_zero_point:
+            return f"groups of {case.spec.tile[1]} are multiplied faster in int8"
+        if case.act is not None and case.act.startswith("int8"):
+            return "int8 activations are multiplied as they are"
+        if case.rows <= MOST_ROWS:
+            return f"it is for more than {MOST_ROWS} rows"
+        return "the weight is empty" if 0 in case.spec.shape else None
+
+    def linear(  # noqa: D102
+        self,
+        x: torch.Tensor,
+        prepared: NativeWeight,
+        bias: torch.Tensor | None,
+        act: str | None,
+        act_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        rows = simulated(x, act, act_scale).reshape(-1, prepared.columns)
+        prepared.update()
+        return self._unpacked(rows, prepared, bias, x)

@@ -125,6 +125,13 @@ def float_problem(spec: PackedSpec) -> str | None:
     return "groups of nf4 begin in the middle of a byte" if spec.tile[1] % 2 else None
 
 
+def unpack_problem(spec: PackedSpec) -> str | None:
+    """Return why the library cannot unpack a weight of four bits, or ``None``."""
+    if spec.num_bits != 4:
+        return f"codes have 4 bits; here {spec.format}"
+    return "groups of four bits begin in the middle of a byte" if spec.tile[1] % 2 else None
+
+
 def format_problem(spec: PackedSpec) -> str | None:
     """Return why the kernel cannot read a format, or ``None``."""
     if spec.format in _TABLES or spec.format.removeprefix("u").startswith("int"):
@@ -132,8 +139,8 @@ def format_problem(spec: PackedSpec) -> str | None:
     return f"{spec.format} is not a format of small whole numbers"
 
 
-def struct_of_spec(spec: PackedSpec) -> tuple[WeightStruct, ctypes.Array[Any] | None]:
-    """Return what a spec says of a weight, and the table that the struct points to."""
+def struct_of_spec(spec: PackedSpec) -> tuple[WeightStruct, list[ctypes.Array[Any]]]:
+    """Return what a spec says of a weight, and the tables that the struct points to."""
     rows, columns = spec.shape
     high, wide = spec.tile
     shapes = spec.tensor_shapes()
@@ -146,20 +153,23 @@ def struct_of_spec(spec: PackedSpec) -> tuple[WeightStruct, ctypes.Array[Any] | 
     struct.zero = 1 << (spec.num_bits - 1)
     if spec.has_zero_point:
         struct.zero_point_stride = shapes["zero_point"][0][1]
-    table: ctypes.Array[Any] | None = None
+    tables: list[ctypes.Array[Any]] = []
+    numbers: list[float] = [code - struct.zero for code in range(1 << spec.num_bits)]
     if spec.format in _FLOATS:
         struct.float_shift, struct.float_factor = _FLOATS[spec.format]
     elif spec.format == "nf4":
-        table = (ctypes.c_float * 16)(*code_values(spec.number_format))
-        struct.values = ctypes.addressof(table)
+        numbers = list(code_values(spec.number_format))
     elif spec.format in _TABLES:
         units, struct.zero = _TABLES[spec.format]
-        values = code_values(spec.number_format)
-        numbers = [int(value * units) + struct.zero for value in values]
-        table = (ctypes.c_uint8 * 64)(*numbers * (64 // len(numbers)))
-        struct.table = ctypes.addressof(table)
+        numbers = [value * units for value in code_values(spec.number_format)]
+        whole = [int(number) + struct.zero for number in numbers]
+        tables.append((ctypes.c_uint8 * 64)(*whole * (64 // len(whole))))
+        struct.table = ctypes.addressof(tables[-1])
         struct.multiplier = 1.0 / units
-    return struct, table
+    if spec.num_bits == 4:
+        tables.append((ctypes.c_float * 16)(*numbers))
+        struct.values = ctypes.addressof(tables[-1])
+    return struct, tables
 
 
 class NativeWeight:
@@ -171,13 +181,13 @@ class NativeWeight:
     )
 
     def __init__(self, weight: PackedWeight, kernels: Library) -> None:
-        struct, table = struct_of_spec(weight.spec)
+        struct, tables = struct_of_spec(weight.spec)
         if weight.global_scale is not None:
             struct.multiplier *= float(weight.global_scale)
         self.multiply, self.kernels = kernels.linear, kernels
         self.rows, self.columns = weight.spec.shape
         self.packed, self.scale = weight.packed, weight.scale
-        self.kept = (struct, table, weight.zero_point)
+        self.kept = (struct, tables, weight.zero_point)
         self.address = ctypes.addressof(struct)
         self.locate()
 

@@ -38,7 +38,7 @@ MW_INLINE void score_tile(const float* queries, const float* keys, int64_t featu
     });
   }
   each<kQueries>(EACH(q) {
-    each<kVectors>(EACH(v) { put_floats(scores + q * stride + v * kAtOnce, sums[q][v]); });
+    each<kVectors>(EACH(v) { store_floats(sums[q][v], scores + q * stride + v * kAtOnce); });
   });
 }
 
@@ -56,7 +56,7 @@ MW_INLINE float weigh(float* scores, int64_t count, int64_t padded) {
   Floats total = {};
   for (int64_t i = 0; i < padded; i += kAtOnce) {
     const Floats value = exp2_of(floats_at(scores + i) - largest);
-    put_floats(scores + i, value);
+    store_floats(value, scores + i);
     total += value;
   }
   for (int64_t i = count; i < padded; ++i) scores[i] = 0;
@@ -80,7 +80,7 @@ MW_INLINE void mix_values(const float* weights, int64_t stride, const float* val
   each<kQueries>(EACH(q) {
     if (q < queries)
       each<VECTORS>(EACH(v) {
-        put_floats(out + q * out_token + v * kAtOnce, mixed[q][v] / sums[q]);
+        store_floats(mixed[q][v] / sums[q], out + q * out_token + v * kAtOnce);
       });
   });
 }

@@ -12,8 +12,6 @@ namespace {
 
 typedef int32_t Ints __attribute__((vector_size(64)));
 
-MW_INLINE void put_floats(float* to, const Floats& value) { std::memcpy(to, &value, sizeof value); }
-
 // 2^x within 2e-7 of itself, for x from -126 on; what is smaller gives 2^-126.
 MW_INLINE Floats exp2_of(Floats x) {
   const Floats low = Floats{} - 126.0f, high = Floats{} + 127.0f;
@@ -54,7 +52,7 @@ void rms_norm(const float* x, const float* weight, float* y, int64_t n, float ep
     for (; i < n; ++i) total += from[i] * from[i];
     const float factor = 1.0f / std::sqrt(total / float(n) + eps);
     for (i = 0; i < whole; i += kAtOnce)
-      put_floats(to + i, floats_at(from + i) * factor * floats_at(weight + i));
+      store_floats(floats_at(from + i) * factor * floats_at(weight + i), to + i);
     for (; i < n; ++i) to[i] = from[i] * factor * weight[i];
   }
 }
@@ -65,7 +63,7 @@ void silu_gate(float* gate, const float* up, int64_t first, int64_t last) {
   int64_t i = first;
   for (; i + kAtOnce <= last; i += kAtOnce) {
     const Floats value = floats_at(gate + i);
-    put_floats(gate + i, value / (exp2_of(value * -log2e) + 1.0f) * floats_at(up + i));
+    store_floats(value / (exp2_of(value * -log2e) + 1.0f) * floats_at(up + i), gate + i);
   }
   for (; i < last; ++i) gate[i] = gate[i] / (std::exp(-gate[i]) + 1.0f) * up[i];
 }

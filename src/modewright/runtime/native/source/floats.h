@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights of small floating-point numbers, and of numbers from a table, as they are: products of few
-// rows in float32, and unpacking for those of many. Included into each instruction set, as common.h
-// is; vectors of 16 numbers become as many registers as there have to be.
+// rows in float32, and unpacking for those of many, of all codes of four bits too. Included into each
+// instruction set, as common.h is; vectors of 16 numbers become as many registers as there have to
+// be.
 #pragma once
+#include <algorithm>
+
 #include "common.h"
 #include "each.h"
 
@@ -60,9 +63,12 @@ MW_INLINE Floats of_bytes(const uint8_t* from, int shift, float factor) {
 #endif
 }
 
-// The codes of one weight, 16 at a time; TABLE: four bits each, looked up.
-template <bool TABLE>
+enum Coded { kFloat8, kTable4 };  // floating-point numbers; codes of four bits that are looked up
+
+// The codes of one weight, 16 at a time.
+template <Coded CODED>
 struct Numbers {
+  static constexpr bool TABLE = CODED == kTable4;
   const uint8_t* row;
   int64_t bytes;
   int shift;
@@ -95,8 +101,8 @@ struct Numbers {
   }
 };
 
-template <bool TABLE>
-MW_INLINE Numbers<TABLE> numbers_of(const Weight& w, int64_t n) {
+template <Coded CODED>
+MW_INLINE Numbers<CODED> numbers_of(const Weight& w, int64_t n) {
   const int64_t bytes = (w.k * w.num_bits + 7) / 8;
   return {w.packed + n * w.packed_stride, bytes, w.float_shift, w.float_factor, w.values};
 }
@@ -115,14 +121,14 @@ inline int64_t groups_of(const Weight& w) {
 
 // OUTS outputs of ROWS rows of x, each `x_stride` floats from the last: they share what is read of
 // x. Sums of few are kept in several parts, so that no addition waits for the one before it.
-template <bool TABLE, int ROWS, int OUTS>
+template <Coded CODED, int ROWS, int OUTS>
 MW_INLINE void float_block(const Weight& w, int64_t n, const float* x, int64_t x_stride,
                            const float* scales, int64_t groups, float* out) {
   constexpr int kParts = ROWS * OUTS == 1 ? 4 : ROWS * OUTS == 2 ? 2 : 1;
   constexpr int64_t kStep = kParts * kAtOnce;
   const bool deep = fetches_deep();
-  Numbers<TABLE> numbers[OUTS];
-  each<OUTS>(EACH(o) { numbers[o] = numbers_of<TABLE>(w, n + o); });
+  Numbers<CODED> numbers[OUTS];
+  each<OUTS>(EACH(o) { numbers[o] = numbers_of<CODED>(w, n + o); });
   const int64_t group = groups == 1 ? w.k : w.group;
   Floats total[OUTS][ROWS] = {};
   for (int64_t g = 0; g < groups; ++g) {
@@ -155,21 +161,21 @@ MW_INLINE void float_block(const Weight& w, int64_t n, const float* x, int64_t x
   each<OUTS>(EACH(o) { each<ROWS>(EACH(r) { out[r * w.n + o] = sum_of(total[o][r]); }); });
 }
 
-template <bool TABLE, int OUTS>
+template <Coded CODED, int OUTS>
 MW_INLINE void float_rows(const Weight& w, int64_t n, const float* x, int64_t x_stride, int64_t rows,
                           float* scales, int64_t groups, float* out) {
   for (int o = 0; o < OUTS; ++o)
     scale_values(w, (n + o) / w.rows_per_scale * w.scale_stride, groups, scales + o * groups);
   int64_t r = 0;
   for (; rows - r >= 4; r += 4)
-    float_block<TABLE, 4, OUTS>(w, n, x + r * x_stride, x_stride, scales, groups, out + r * w.n + n);
+    float_block<CODED, 4, OUTS>(w, n, x + r * x_stride, x_stride, scales, groups, out + r * w.n + n);
   for (; rows - r >= 2; r += 2)
-    float_block<TABLE, 2, OUTS>(w, n, x + r * x_stride, x_stride, scales, groups, out + r * w.n + n);
+    float_block<CODED, 2, OUTS>(w, n, x + r * x_stride, x_stride, scales, groups, out + r * w.n + n);
   if (r < rows)
-    float_block<TABLE, 1, OUTS>(w, n, x + r * x_stride, x_stride, scales, groups, out + r * w.n + n);
+    float_block<CODED, 1, OUTS>(w, n, x + r * x_stride, x_stride, scales, groups, out + r * w.n + n);
 }
 
-template <bool TABLE>
+template <Coded CODED>
 void float_outputs(const Weight& w, const float* x, int64_t x_stride, int64_t rows, float* out,
                    int64_t first, int64_t last) {
   constexpr int kOuts = 4;
@@ -178,8 +184,8 @@ void float_outputs(const Weight& w, const float* x, int64_t x_stride, int64_t ro
   int64_t n = first;
   if (rows > 1)
     for (; n + kOuts <= last; n += kOuts)
-      float_rows<TABLE, kOuts>(w, n, x, x_stride, rows, scales, groups, out);
-  for (; n < last; ++n) float_rows<TABLE, 1>(w, n, x, x_stride, rows, scales, groups, out);
+      float_rows<CODED, kOuts>(w, n, x, x_stride, rows, scales, groups, out);
+  for (; n < last; ++n) float_rows<CODED, 1>(w, n, x, x_stride, rows, scales, groups, out);
   std::free(scales);
 }
 
@@ -197,27 +203,58 @@ MW_INLINE void store_floats(Floats value, uint16_t* to) {
   std::memcpy(to, &low, sizeof low);
 }
 
+// Writes numbers i to `end` of a row; returns how far it came.
+template <Coded CODED, class Out>
+MW_INLINE int64_t unpack_many(const Numbers<CODED>&, float, float, int64_t i, int64_t, Out*) {
+  return i;
+}
+
+#if defined(__AVX512BW__)
+// Codes of four bits as bfloat16, 32 at a time: the 16 values that a group can have are scaled and
+// rounded once, and looked up.
+template <>
+MW_INLINE int64_t unpack_many(const Numbers<kTable4>& numbers, float scale, float zero, int64_t i,
+                              int64_t end, uint16_t* row) {
+  if (end - i < 32) return i;
+  uint16_t values[32] = {};
+  store_floats((floats_at(numbers.values) - zero) * scale, values);
+  const __m512i table = _mm512_loadu_si512(values), low = _mm512_set1_epi32(0x000f000f);
+  for (; i + 32 <= end; i += 32) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers.row + i / 2));
+    const __m512i wide = _mm512_cvtepu8_epi32(bytes);  // the upper four bits go one half up
+    const __m512i codes = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 12)), low);
+    _mm512_storeu_si512(row + i, _mm512_permutexvar_epi16(codes, table));
+  }
+  return i;
+}
+#endif
+
 // Writes what rows `first` to `last` of a weight stand for: [last - first][k].
-template <bool TABLE, class Out>
+template <Coded CODED, class Out>
 void unpack_rows(const Weight& w, Out* to, int64_t first, int64_t last) {
   const int64_t groups = groups_of(w), group = groups == 1 ? w.k : w.group;
-  float* scales = static_cast<float*>(memory_of(size_t(groups) * sizeof(float)));
+  float* scales = static_cast<float*>(memory_of(2 * size_t(groups) * sizeof(float)));
+  float* shifts = scales + groups;  // how far zero points lie above w.zero
+  std::fill(shifts, shifts + groups, 0.0f);
   const bool deep = fetches_deep();
   for (int64_t n = first; n < last; ++n) {
-    const Numbers<TABLE> numbers = numbers_of<TABLE>(w, n);
+    const Numbers<CODED> numbers = numbers_of<CODED>(w, n);
     scale_values(w, n / w.rows_per_scale * w.scale_stride, groups, scales);
+    if (w.zero_point)
+      shift_values(w.zero_point + n / w.rows_per_scale * w.zero_point_stride, groups, w.num_bits,
+                   w.zero, shifts);
     Out* row = to + (n - first) * w.k;
     for (int64_t g = 0; g < groups; ++g) {
-      const float scale = scales[g];
+      const float scale = scales[g], zero = shifts[g];
       const int64_t end = (g + 1) * group < w.k ? (g + 1) * group : w.k;
-      int64_t i = g * group;
+      int64_t i = unpack_many(numbers, scale, zero, g * group, end, row);
       for (; i + kAtOnce <= end; i += kAtOnce) {
         fetch_line(numbers.row + i * w.num_bits / 8 + kFloatAhead, deep);
-        store_floats(numbers.at(i, kAtOnce) * scale, row + i);
+        store_floats((numbers.at(i, kAtOnce) - zero) * scale, row + i);
       }
       if (i >= end) continue;
       Out rest[kAtOnce];
-      store_floats(numbers.at(i, end - i) * scale, rest);
+      store_floats((numbers.at(i, end - i) - zero) * scale, rest);
       std::memcpy(row + i, rest, (end - i) * sizeof(Out));
     }
   }
@@ -226,14 +263,14 @@ void unpack_rows(const Weight& w, Out* to, int64_t first, int64_t last) {
 
 template <class Out>
 void unpack_as(const Weight& w, Out* to, int64_t first, int64_t last) {
-  if (w.values) unpack_rows<true>(w, to, first, last);
-  else unpack_rows<false>(w, to, first, last);
+  if (w.values) unpack_rows<kTable4>(w, to, first, last);
+  else unpack_rows<kFloat8>(w, to, first, last);
 }
 
 inline void float_dot(const Weight& w, const float* x, int64_t x_stride, int64_t rows, float* out,
                       int64_t first, int64_t last) {
-  if (w.values) float_outputs<true>(w, x, x_stride, rows, out, first, last);
-  else float_outputs<false>(w, x, x_stride, rows, out, first, last);
+  if (w.values) float_outputs<kTable4>(w, x, x_stride, rows, out, first, last);
+  else float_outputs<kFloat8>(w, x, x_stride, rows, out, first, last);
 }
 
 inline void float_unpack(const Weight& w, void* to, Dtype dtype, int64_t first, int64_t last) {

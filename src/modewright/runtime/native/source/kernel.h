@@ -32,7 +32,7 @@ struct Weight {
   // Of floating-point numbers with 8 bits (floats.h) how far their bits are from those of a float:
   int32_t float_shift;
   float float_factor;
-  const float* values;        // numbers that codes of 4 bits stand for, 16, or null
+  const float* values;        // numbers that codes of 4 bits stand for before scales, 16, or null
 };
 
 enum ScaleKind { kFloat32 = 0, kFloat16 = 1, kE8M0 = 2, kE4M3 = 3 };
