@@ -12,25 +12,34 @@ namespace {
 
 typedef int32_t Ints __attribute__((vector_size(64)));
 
-// 2^x within 2e-7 of itself, for x from -126 on; what is smaller gives 2^-126.
+// 2^x within 2e-7 of itself, for x from -126 to 127; beyond, what that gives or what is nearer.
 MW_INLINE Floats exp2_of(Floats x) {
   const Floats low = Floats{} - 126.0f, high = Floats{} + 127.0f;
+#if defined(__AVX512F__)
+  x = Floats(_mm512_min_ps(__m512(high), _mm512_max_ps(__m512(low), __m512(x))));  // NaN stays
+  const Floats whole = Floats(_mm512_roundscale_ps(__m512(x), _MM_FROUND_TO_NEAREST_INT));
+#else
   x = x < low ? low : x > high ? high : x;
   const float magic = 0x1.8p23f;  // adding it rounds to a whole number, in the lowest bits
-  const Floats moved = x + magic;
-  const Floats part = x - (moved - magic);
+  const Floats moved = x + magic, whole = moved - magic;
+#endif
+  const Floats part = x - whole;
   Floats y = part * 1.5403530e-4f + 1.3333558e-3f;
   y = y * part + 9.6181291e-3f;
   y = y * part + 5.5504109e-2f;
   y = y * part + 2.4022651e-1f;
   y = y * part + 6.9314718e-1f;
   y = y * part + 1.0f;
+#if defined(__AVX512F__)
+  return Floats(_mm512_scalef_ps(__m512(y), __m512(whole)));
+#else
   Ints bits, exponent;
   std::memcpy(&bits, &y, sizeof bits);
   std::memcpy(&exponent, &moved, sizeof exponent);
   bits += exponent << 23;  // the other bits of `magic` are shifted out
   std::memcpy(&y, &bits, sizeof y);
   return y;
+#endif
 }
 
 // y = x / sqrt(mean(x^2) + eps) * weight, for each row of `n`.
