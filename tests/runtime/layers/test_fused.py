@@ -196,7 +196,6 @@ def test_layers_that_only_look_alike_are_left_alone() -> None:
     assert fuse(nn.Sequential(nn.RMSNorm(8, eps=1e-6))) == {"0": "rms_norm"}
 
 
-@needs_library
 def test_only_blocks_with_the_layers_that_are_named_are_fused() -> None:
     kinds = fuse(llama(), ["model.layers.2.mlp.up_proj", "lm_head"])
 
@@ -204,6 +203,32 @@ def test_only_blocks_with_the_layers_that_are_named_are_fused() -> None:
     assert all(path.startswith("model.layers.2.") for path in kinds)
 
 
+def test_weights_get_their_gradients_where_the_input_needs_none() -> None:
+    model, plain = llama(), llama()
+    fuse(model)
+    for own in (model, plain):
+        for name, parameter in own.named_parameters():
+            parameter.requires_grad_("norm" in name or "gate_proj" in name)
+        own(windows()[0]).logits.square().sum().backward()
+
+    others = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            torch.testing.assert_close(parameter.grad, others[name].grad, rtol=1e-3, atol=1e-4)
+
+
+def test_autocast_is_followed() -> None:
+    model, plain = llama(), llama()
+    fuse(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = outputs(model), outputs(plain)
+
+    assert found.dtype == expected.dtype
+    assert (found.float() - expected.float()).norm() <= 0.02 * expected.float().norm()
+
+
+@needs_library
 def test_a_norm_of_torch_is_the_same(calls: Calls) -> None:
     norm = nn.RMSNorm(24, eps=1e-5)
     x = torch.randn(2, 5, 24).transpose(0, 1)

@@ -43,9 +43,9 @@ class FusedNorm(FusedLayer):
     """``x / sqrt(mean(x ** 2) + eps) * weight``."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        kernels = _kernels_for(hidden_states)
-        weight = self._parameters["weight"]
-        if kernels is None or weight is None or weight.dtype != torch.float32:
+        weight = cast(torch.Tensor, self._parameters["weight"])
+        kernels = _kernels_for(hidden_states, weight)
+        if kernels is None:
             return cast(torch.Tensor, own_class(type(self)).forward(self, hidden_states))
         return kernels.rms_norm(hidden_states, weight, cast(float, _eps_of(self)))
 
@@ -60,7 +60,8 @@ class FusedGate(FusedLayer):
         if kernels is None or gate._forward_hooks:  # a hook may have kept what it saw
             return cast(torch.Tensor, own_class(type(self)).forward(self, x))
         gated, up = gate(x), children["up_proj"](x)
-        if not (gated.is_contiguous() and up.is_contiguous() and gated.shape == up.shape):
+        plain = gated.is_contiguous() and up.is_contiguous() and gated.shape == up.shape
+        if not plain or _kernels_for(gated, up) is None:  # autocast, weights that are trained
             return cast(torch.Tensor, children["down_proj"](F.silu(gated) * up))
         return cast(torch.Tensor, children["down_proj"](kernels.silu_gate_(gated, up)))
 
@@ -239,13 +240,14 @@ def _fused_class(cls: type[nn.Module], kind: type[FusedLayer]) -> type[FusedLaye
     return cast("type[FusedLayer]", type(f"Fused{cls.__name__}", (kind, cls), namespace))
 
 
-def _kernels_for(x: torch.Tensor) -> Between | None:
-    """Return the kernels if they serve an input."""
+def _kernels_for(*tensors: torch.Tensor) -> Between | None:
+    """Return the kernels if they serve such tensors."""
+    for x in tensors:
+        if x.dtype is not torch.float32 or not x.is_cpu:
+            return None
     if (
-        type(x) is not torch.Tensor
-        or x.dtype is not torch.float32
-        or not x.is_cpu
-        or (x.requires_grad and torch.is_grad_enabled())
+        type(tensors[0]) is not torch.Tensor
+        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or not allows("native")
@@ -266,7 +268,7 @@ def _attend(
     """Attend as ``"sdpa"`` does, or as the function that the config names."""
     behind = module.__dict__["config"]._attn_implementation
     if behind == "sdpa" and attention_mask is None and not args:
-        kernels = _kernels_for(query)
+        kernels = _kernels_for(query, key, value)
         if kernels is not None and _is_causal(module, query, key, kwargs):
             scaling = kwargs.get("scaling")
             if kernels.can_attend(query, key, value):
