@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """nvidia-modelopt's fastnas on the small network.
 
-``python modelopt_fastnas_peer.py FOLDER accuracy|loss``: what it scores subnets by.
+``python modelopt_fastnas_peer.py FOLDER accuracy|loss``: what it scores subnets by. It counts
+arithmetic by torchprofile, which has to be 0.0.4 for version 0.47, and needs torchvision.
 """
 
 from __future__ import annotations
