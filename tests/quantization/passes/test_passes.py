@@ -151,6 +151,24 @@ def test_what_cannot_be_folded_is_done_by_the_layers(original: nn.Module) -> Non
     assert metadata(model)["transforms"]["model.layers.0.mlp.down_proj"]
 
 
+def test_gptq_looks_at_exact_inputs_if_asked(original: nn.Module) -> None:
+    exact = quantized(original, "fp8", ("gptq", {"exact_inputs": True}))
+    rounded = quantized(original, "fp8", "gptq")
+    weights_only = quantized(original, "fp8_w8a16", "gptq")
+
+    def codes(model: nn.Module) -> list[torch.Tensor]:
+        layers = quantized_layers(model).values()
+        return [q.code_values() for y in layers for q in y.quantized_parameters().values()]
+
+    assert all(map(torch.equal, codes(exact), codes(weights_only)))
+    assert not all(map(torch.equal, codes(rounded), codes(weights_only)))
+    activations = [
+        q for y in quantized_layers(exact).values() for q in y.activation_quantizers().values()
+    ]
+    assert activations
+    assert all(q.enabled for q in activations)
+
+
 def test_gptq_reports_an_error_below_that_of_the_nearest_codes(original: nn.Module) -> None:
     model = quantized(original, "w4a16", "gptq")
     solved = metadata(model)["solved"]

@@ -23,7 +23,6 @@ from modewright.runtime.native.library import (
 )
 from modewright.runtime.packed_weight import PackedWeight
 
-_FEW = 4  # rows that are multiplied without unpacking
 _TOGETHER = 1 << 20  # values that are unpacked at a time: they stay in the cache
 _LONG = 128  # inputs of a group whose int8 sums are scaled in less time than it is unpacked
 _BEYOND = 16  # floats after a row that the kernel may read
@@ -40,6 +39,8 @@ class NativeFloats(Backend):
     summary = "own kernel: fp8 and nf4 as they are, times float32; unpacked first for many rows"
     needs = "a C++ compiler at first use, or a wheel with the library"
     accuracy = 1e-2
+    few = 4
+    """So many rows are multiplied without unpacking."""
 
     def __init__(self, isa: str | None = None) -> None:
         self._isa = isa
@@ -69,7 +70,7 @@ class NativeFloats(Backend):
     ) -> torch.Tensor:
         rows = simulated(x, act, act_scale).reshape(-1, prepared.columns)
         prepared.update()
-        if len(rows) > _FEW:
+        if len(rows) > self.few:
             return self._unpacked(rows, prepared, bias, x)
         padded = rows.new_zeros(len(rows), prepared.columns + _BEYOND, dtype=torch.float32)
         padded[:, : prepared.columns] = rows
@@ -114,6 +115,7 @@ class NativeBfloat16(NativeFloats):
     name = "native-bf16"
     summary = "own kernel unpacks to bfloat16, which tiles multiply: hundreds of rows"
     needs = "AMX; codes of 4 bits in groups below 128; more than 256 rows; no int8 activations"
+    few = 0
 
     def refuses(self, case: Case) -> str | None:  # noqa: D102
         problem = cpu_problem(case) or unpack_problem(case.spec)
@@ -131,15 +133,3 @@ class NativeBfloat16(NativeFloats):
         if case.rows <= MOST_ROWS:
             return f"it is for more than {MOST_ROWS} rows"
         return "the weight is empty" if 0 in case.spec.shape else None
-
-    def linear(  # noqa: D102
-        self,
-        x: torch.Tensor,
-        prepared: NativeWeight,
-        bias: torch.Tensor | None,
-        act: str | None,
-        act_scale: torch.Tensor | None,
-    ) -> torch.Tensor:
-        rows = simulated(x, act, act_scale).reshape(-1, prepared.columns)
-        prepared.update()
-        return self._unpacked(rows, prepared, bias, x)
