@@ -79,6 +79,16 @@ def test_gradients_flow_to_the_activations() -> None:
     torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(2, -1))
 
 
+def test_a_bias_gets_its_gradient_where_the_input_needs_none() -> None:
+    weight, x = random_weight("int4", 64, 128, **group(64)), torch.randn(2, 128)
+    bias = torch.zeros(64, requires_grad=True)
+
+    linear(weight, x, bias).sum().backward()
+
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((64,), 2.0))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_product_computes_with_its_input() -> None:

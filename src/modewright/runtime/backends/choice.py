@@ -66,7 +66,7 @@ def linear(
     """
     if (
         type(x) is not torch.Tensor
-        or (x.requires_grad and torch.is_grad_enabled())
+        or (_needs_gradient(x, bias) and torch.is_grad_enabled())
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
     ):
@@ -125,6 +125,10 @@ def using(*names: str) -> Iterator[None]:
         yield
     finally:
         _allowed.pop()
+
+
+def _needs_gradient(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return x.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def allows(name: str) -> bool:
