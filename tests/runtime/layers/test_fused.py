@@ -241,6 +241,14 @@ def test_a_norm_of_torch_is_the_same(calls: Calls) -> None:
     assert calls.seen == ["rms_norm"]
 
 
+def test_an_input_of_another_width_is_the_error_that_it_was() -> None:
+    norm = nn.RMSNorm(24, eps=1e-5)
+    fuse(norm)
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="24"):
+        norm(torch.randn(2, 48))
+
+
 def test_a_record_that_does_not_fit_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
 

@@ -45,7 +45,7 @@ class FusedNorm(FusedLayer):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # noqa: D102
         weight = cast(torch.Tensor, self._parameters["weight"])
         kernels = _kernels_for(hidden_states, weight)
-        if kernels is None:
+        if kernels is None or hidden_states.shape[-1:] != weight.shape:
             return cast(torch.Tensor, own_class(type(self)).forward(self, hidden_states))
         return kernels.rms_norm(hidden_states, weight, cast(float, _eps_of(self)))
 
