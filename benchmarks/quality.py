@@ -128,8 +128,11 @@ def table(folder: Path) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(found, key=_order):
-        increases = row.get("loss_increase", {})
-        quality = " / ".join(f"{increases[text]:.4f}" for text in sorted(increases))
+        increases, errors = row.get("loss_increase", {}), row.get("standard_error", {})
+        quality = " / ".join(
+            f"{increases[text]:.4f}" + (f" ± {errors[text]:.4f}" if text in errors else "")
+            for text in sorted(increases)
+        )
         quality = quality or f"cosine {row['similarity']:.4f}"
         divergence = " / ".join(f"{value:.4f}" for _, value in sorted(row.get("kl", {}).items()))
         lines.append(

@@ -2,6 +2,7 @@
 """What every quality benchmark works on: one model, one set of windows, written to a folder.
 
     python benchmarks/workspace.py FOLDER [--calibration builtin|FILE] [--text NAME=FILE ...]
+        [--count 20]
 
 makes ``FOLDER/model`` (the demo model, decoded to float32, in the format of Hugging Face),
 ``FOLDER/windows.safetensors`` (``calibration`` and one ``evaluation.NAME`` for each text, int64
@@ -9,8 +10,9 @@ token ids ``[windows, length]``) and ``FOLDER/sentences.json`` (for sentence emb
 them in environments of their own, so that everything is measured on the same tokens.
 
 The evaluation texts are prose that no calibration text holds: addresses to the nation
-(``addresses``) and a novel (``novel``), both from packages of the npm registry. Calibration is the
-text that modewright takes by default.
+(``addresses``) and a novel (``novel``), both from packages of the npm registry: 20 windows of each,
+or ``--count``, where what is compared differs by less than so few can tell (8 bits). Calibration is
+the text that modewright takes by default.
 """
 
 from __future__ import annotations
@@ -21,17 +23,15 @@ import json
 import re
 import tarfile
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from modewright.calibration.text import load_documents, make_windows
 from modewright.integrations.transformers import encode, load_model, save_assets
 
 CALIBRATION = {"count": 64, "length": 512}
-EVALUATION = {"count": 20, "length": 512}
+EVALUATION = 20  # windows of each text
 SENTENCES = 500
 TEXTS = {
     # name: (npm package, which files of it)
@@ -56,11 +56,6 @@ def text_of(name: str) -> str:
     return "\n\n".join(parts)
 
 
-def windows_of(text: str, encoder: Callable[[str], list[int]]) -> torch.Tensor:
-    """Cut evaluation windows from a whole text."""
-    return make_windows([text], encoder, **EVALUATION)
-
-
 def sentences_of(text: str) -> list[str]:
     """Return sentences of 5 to 40 words, spread over the text."""
     flat = re.sub(r"\s+", " ", text)
@@ -69,7 +64,7 @@ def sentences_of(text: str) -> list[str]:
     return found[::step][:SENTENCES]
 
 
-def prepare(folder: Path, calibration: str, texts: dict[str, Path]) -> None:
+def prepare(folder: Path, calibration: str, texts: dict[str, Path], count: int) -> None:
     """Write the workspace."""
     folder.mkdir(parents=True, exist_ok=True)
     loaded = load_model("demo:smollm2")
@@ -81,7 +76,7 @@ def prepare(folder: Path, calibration: str, texts: dict[str, Path]) -> None:
     contents = {name: path.read_text(encoding="utf-8") for name, path in texts.items()}
     contents = contents or {name: text_of(name) for name in TEXTS}
     for name, text in contents.items():
-        windows[f"evaluation.{name}"] = windows_of(text, encoder)
+        windows[f"evaluation.{name}"] = make_windows([text], encoder, count=count, length=512)
     save_file(windows, folder / "windows.safetensors")
     sentences = [s for text in contents.values() for s in sentences_of(text)[: SENTENCES // 2]]
     calibration_sentences = sentences_of(" ".join(documents))[:256]
@@ -96,9 +91,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument(
+        "--count", type=int, default=EVALUATION, help="evaluation windows of a text"
+    )
     options = parser.parse_args()
     texts = {name: Path(path) for name, path in (t.split("=", 1) for t in options.text)}
-    prepare(options.folder, options.calibration, texts)
+    prepare(options.folder, options.calibration, texts, options.count)
 
 
 if __name__ == "__main__":

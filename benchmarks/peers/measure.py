@@ -220,15 +220,18 @@ def score(task: Task, model: torch.nn.Module, kl: bool) -> dict[str, Any]:
         tokenizer, sentences = task.tokenizer(), task.sentences("evaluation")
         pair = (embeddings(m, tokenizer, sentences) for m in (task.load(), model))
         return {"similarity": torch.cosine_similarity(*pair).mean().item()}
-    result: dict[str, Any] = {"loss": {}, "loss_increase": {}, "kl": {}, "perplexity": {}}
+    names = ("loss", "loss_increase", "standard_error", "kl", "perplexity")
+    result: dict[str, Any] = {name: {} for name in names}
     before = original_losses(task)
     original = task.load() if kl else None
     for name in task.texts():
         windows = task.tensor(f"evaluation.{name}")
         after, found = compare(model, windows, original)
         mean = sum(after) / len(after)
+        increase = torch.tensor(after) - torch.tensor(before[name])
         result["loss"][name] = mean
-        result["loss_increase"][name] = mean - sum(before[name]) / len(before[name])
+        result["loss_increase"][name] = increase.mean().item()
+        result["standard_error"][name] = increase.std().item() / len(after) ** 0.5
         result["perplexity"][name] = math.exp(mean)
         if found:
             result["kl"][name] = sum(found) / len(found)
