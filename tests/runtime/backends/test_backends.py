@@ -25,7 +25,7 @@ def test_error_is_within_the_stated_accuracy(name: str, weight: tuple[str, dict[
     for n, k in SHAPES:
         packed = random_weight(weight[0], n, k, **weight[1])
         for act in (None, "int8_token", "int8_tensor", "fp8_token", "fp8_tensor"):
-            for rows in (1, 2, 20, *([300] if name == "native-bf16" else [])):
+            for rows in (1, 2, 20, *([150] if name == "native-tiles" else [])):
                 for dtype in (torch.float32, torch.bfloat16):
                     if backend.refuses(Case(packed.spec, "cpu", dtype, act, rows)) is None:
                         check(name, packed, rows, act, dtype)

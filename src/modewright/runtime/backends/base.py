@@ -12,7 +12,7 @@ import torch
 from modewright.runtime.packed_spec import PackedSpec
 from modewright.runtime.packed_weight import PackedWeight
 
-FEW_ROWS, SOME_ROWS, MORE_ROWS, MOST_ROWS = 8, 32, 128, 256
+FEW_ROWS, SOME_ROWS, MORE_ROWS = 8, 32, 128
 """Where the choice may change: calls with as many rows, by these steps, are served alike."""
 
 

@@ -23,7 +23,6 @@ from modewright.errors import ConfigError
 from modewright.runtime.backends.base import (
     FEW_ROWS,
     MORE_ROWS,
-    MOST_ROWS,
     SOME_ROWS,
     Backend,
     Case,
@@ -79,7 +78,7 @@ def linear(
         )
     count = x.numel()
     size = (count > FEW_ROWS * columns) + (count > SOME_ROWS * columns)
-    size += (count > MORE_ROWS * columns) + (count > MOST_ROWS * columns)
+    size += count > MORE_ROWS * columns
     key = (x.dtype, x.is_cpu, act, size)
     plan: _Plan | None = weight.plans.get(key)
     if (

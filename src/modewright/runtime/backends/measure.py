@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from modewright.runtime.activations import FP8_TENSOR, INT8_TENSOR
-from modewright.runtime.backends.base import MOST_ROWS, Backend, Case
+from modewright.runtime.backends.base import MORE_ROWS, Backend, Case
 from modewright.runtime.packed_weight import PackedWeight
 
 _ROUNDS = 5
-_MANY_ROWS = 2 * MOST_ROWS
+_MANY_ROWS = 4 * MORE_ROWS
 
 
 @cache

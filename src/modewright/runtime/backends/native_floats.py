@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from modewright.runtime.backends.base import MOST_ROWS, Backend, Case, cpu_problem, fitting
+from modewright.runtime.backends.base import Backend, Case, cpu_problem, fitting
 from modewright.runtime.backends.buffered import fast_bfloat16, kept_buffer
 from modewright.runtime.backends.portable import simulated
 from modewright.runtime.native.library import (
@@ -19,12 +19,10 @@ from modewright.runtime.native.library import (
     NativeWeight,
     float_problem,
     library,
-    unpack_problem,
 )
 from modewright.runtime.packed_weight import PackedWeight
 
 _TOGETHER = 1 << 20  # values that are unpacked at a time: they stay in the cache
-_LONG = 128  # inputs of a group whose int8 sums are scaled in less time than it is unpacked
 _BEYOND = 16  # floats after a row that the kernel may read
 
 
@@ -103,33 +101,3 @@ class NativeFloats(Backend):
             )
             result[:, first:last] = F.linear(rows, dense)
         return fitting(result, x, bias)
-
-
-class NativeBfloat16(NativeFloats):
-    """Codes of four bits, unpacked to bfloat16, where a CPU has tiles that multiply that.
-
-    A product of hundreds of rows that scales every group of int8 sums takes longer there than one
-    in bfloat16, which is scaled as it is unpacked.
-    """
-
-    name = "native-bf16"
-    summary = "own kernel unpacks to bfloat16, which tiles multiply: hundreds of rows"
-    needs = "AMX; codes of 4 bits in groups below 128; more than 256 rows; no int8 activations"
-    few = 0
-
-    def refuses(self, case: Case) -> str | None:  # noqa: D102
-        problem = cpu_problem(case) or unpack_problem(case.spec)
-        if problem is not None:
-            return problem
-        found = library()
-        if isinstance(found, str):
-            return found
-        if not (torch.cpu._is_amx_tile_supported() and fast_bfloat16()):
-            return "this CPU has no AMX"
-        if case.spec.tile[1] >= _LONG and not case.spec.has_zero_point:
-            return f"groups of {case.spec.tile[1]} are multiplied faster in int8"
-        if case.act is not None and case.act.startswith("int8"):
-            return "int8 activations are multiplied as they are"
-        if case.rows <= MOST_ROWS:
-            return f"it is for more than {MOST_ROWS} rows"
-        return "the weight is empty" if 0 in case.spec.shape else None

@@ -13,7 +13,8 @@ from modewright.runtime.backends.int4pack import Int4Pack
 from modewright.runtime.backends.int8pack import Int8Pack
 from modewright.runtime.backends.int_mm import IntMm
 from modewright.runtime.backends.native import Native
-from modewright.runtime.backends.native_floats import NativeBfloat16, NativeFloats
+from modewright.runtime.backends.native_floats import NativeFloats
+from modewright.runtime.backends.native_tiles import NativeTiles
 from modewright.runtime.backends.onednn import OneDnnInt8
 from modewright.runtime.backends.portable import Portable
 from modewright.runtime.backends.triton import Triton
@@ -23,7 +24,7 @@ from modewright.runtime.backends.triton import Triton
 def backends() -> dict[str, Backend]:
     """Return all backends by name, in the order of preference."""
     made: tuple[Backend, ...] = (
-        NativeBfloat16(),
+        NativeTiles(),
         Native(),
         NativeFloats(),
         Int4Pack(),

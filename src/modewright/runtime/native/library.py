@@ -83,6 +83,13 @@ class Library:
             *(ctypes.c_int, ctypes.c_int),
         ]
         self.float_unpack.restype = None
+        self.tiles_linear = loaded.mw_tiles_linear
+        self.tiles_linear.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
+            *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+        ]
+        self.tiles_linear.restype = ctypes.c_int
+        self.has_tiles = bool(loaded.mw_has_tiles(BEST))
         self._fits = loaded.mw_fits
         self._fits.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self._name = loaded.mw_isa
@@ -125,11 +132,14 @@ def float_problem(spec: PackedSpec) -> str | None:
     return "groups of nf4 begin in the middle of a byte" if spec.tile[1] % 2 else None
 
 
-def unpack_problem(spec: PackedSpec) -> str | None:
-    """Return why the library cannot unpack a weight of four bits, or ``None``."""
-    if spec.num_bits != 4:
-        return f"codes have 4 bits; here {spec.format}"
-    return "groups of four bits begin in the middle of a byte" if spec.tile[1] % 2 else None
+def tiles_problem(spec: PackedSpec) -> str | None:
+    """Return why the library cannot multiply by a weight in tiles, or ``None``."""
+    wide = spec.tile[1]
+    if spec.num_bits == 7:
+        return "codes have 7 bits"
+    if wide < spec.shape[1] and wide % (16 if spec.num_bits in (4, 8) else 32):
+        return f"groups of {wide} are not whole halves of a tile"
+    return None
 
 
 def format_problem(spec: PackedSpec) -> str | None:
@@ -157,8 +167,6 @@ def struct_of_spec(spec: PackedSpec) -> tuple[WeightStruct, list[ctypes.Array[An
     numbers: list[float] = [code - struct.zero for code in range(1 << spec.num_bits)]
     if spec.format in _FLOATS:
         struct.float_shift, struct.float_factor = _FLOATS[spec.format]
-    elif spec.format == "nf4":
-        numbers = list(code_values(spec.number_format))
     elif spec.format in _TABLES:
         units, struct.zero = _TABLES[spec.format]
         numbers = [value * units for value in code_values(spec.number_format)]
@@ -166,8 +174,10 @@ def struct_of_spec(spec: PackedSpec) -> tuple[WeightStruct, list[ctypes.Array[An
         tables.append((ctypes.c_uint8 * 64)(*whole * (64 // len(whole))))
         struct.table = ctypes.addressof(tables[-1])
         struct.multiplier = 1.0 / units
-    if spec.num_bits == 4:
-        tables.append((ctypes.c_float * 16)(*numbers))
+    elif not spec.format.removeprefix("u").startswith("int"):
+        numbers = list(code_values(spec.number_format))
+    if spec.num_bits <= 6:
+        tables.append((ctypes.c_float * 64)(*numbers * (64 // len(numbers))))
         struct.values = ctypes.addressof(tables[-1])
     return struct, tables
 

@@ -8,6 +8,7 @@
 #include "avx512_dot.h"
 #include "avx512_panel.h"
 #include "avx512_quantize.h"
+#include "avx512_tiles.h"
 #include "floats.h"
 #include "scales.h"
 
@@ -72,19 +73,23 @@ void panel_either(const Job& job, int64_t first, int64_t last) {
 
 const Isa kAmx = {"avx512", kBytes, 2, quantize, dot, interleave_either, panel_either,
                   search_rows, float_dot, float_unpack,
-                  rms_norm, silu_gate, attend_prepare, attend};
+                  rms_norm, silu_gate, attend_prepare, attend, arrange_tiles, multiply_tiled};
 #endif
 
 const Isa kIsa = {"avx512", kBytes, 2, quantize, dot, interleave, panel<InRegisters>,
                   search_rows, float_dot, float_unpack,
-                  rms_norm, silu_gate, attend_prepare, attend};
+                  rms_norm, silu_gate, attend_prepare, attend, nullptr, nullptr};
 
 }  // namespace
 
 const Isa* avx512_isa() {
 #ifdef MW_AMX
-  static const Isa* found = amx_usable() ? &kAmx : &kIsa;
-  return found;
+  static const Isa found = [] {
+    Isa isa = amx_usable() ? kAmx : kIsa;
+    if (!amx_bf16_usable()) isa.tiles_arrange = isa.tiles_multiply = nullptr;
+    return isa;
+  }();
+  return &found;
 #else
   return &kIsa;
 #endif

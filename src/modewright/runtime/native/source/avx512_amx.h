@@ -24,6 +24,14 @@ inline bool amx_usable() {
   return there && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
+// Whether there are also those for bfloat16, and AVX-512 for it.
+inline bool amx_bf16_usable() {
+  unsigned a, b, c, d, a1, other;
+  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) &&
+                     __get_cpuid_count(7, 1, &a1, &other, &other, &other) && (a1 >> 5 & 1);
+  return there && amx_usable();
+}
+
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start = 0, unused[14] = {};
   uint16_t row_bytes[16] = {};
@@ -53,16 +61,44 @@ struct AmxSums {
   alignas(64) float totals[2][2 * kAmxRows][kLanes];
 };
 
-// The int8 numbers of rows in the order in which panels have their inputs.
+// Registers a and b in turns, 32 bits at a time.
+inline void in_turns(__m512i& a, __m512i& b) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i both = _mm512_permutex2var_epi32(a, low, b);
+  b = _mm512_permutex2var_epi32(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
+  a = both;
+}
+
+// Where tile `chunk` of a block of rows lies: its rows are kBytes apart, so that tiles are read as
+// they lie, and rows of 4096 numbers do not meet in one line of the cache.
+inline int64_t tile_at(int64_t row, int64_t rows, int64_t chunk, int64_t padded) {
+  return row * padded + chunk * rows * kBytes;
+}
+
+// The int8 numbers of rows as tiles, in the order in which panels have their inputs.
 inline void interleave_rows(const Job& job) {
   const Plan& p = job.plan;
-  const int64_t fields = p.fields, fours = job.rows * p.padded / 4;
-  const int64_t step = fields * kLanes;
-  const int32_t* from = reinterpret_cast<const int32_t*>(job.codes);
-  int32_t* to = reinterpret_cast<int32_t*>(job.tiles);
-  for (int64_t at = 0; at < fours; at += step)
-    for (int64_t d = 0; d < kLanes; ++d)
-      for (int64_t f = 0; f < fields; ++f) to[at + d * fields + f] = from[at + f * kLanes + d];
+  const int64_t fields = p.fields, steps = p.padded / p.step;
+  for (int64_t row = 0; row < job.rows; row += kAmxRows) {
+    const int64_t left = job.rows - row, rows = left < kAmxRows ? left : kAmxRows;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int8_t* from = job.codes + (row + r) * p.padded;
+      int8_t* to = job.tiles + tile_at(row, rows, 0, p.padded) + r * kBytes;
+      for (int64_t s = 0; s < steps; ++s) {
+        __m512i part[4];
+        for (int64_t f = 0; f < fields; ++f, from += kBytes) part[f] = _mm512_loadu_si512(from);
+        if (fields == 4) {
+          in_turns(part[0], part[2]);
+          in_turns(part[1], part[3]);
+          in_turns(part[0], part[1]);
+          in_turns(part[2], part[3]);
+        } else if (fields == 2) {
+          in_turns(part[0], part[1]);
+        }
+        for (int64_t f = 0; f < fields; ++f, to += rows * kBytes) _mm512_storeu_si512(to, part[f]);
+      }
+    }
+  }
   for (int64_t i = 0; i < job.rows * p.entries; ++i)
     job.tile_offsets[i] = -job.weight->zero * job.sums[i];
 }
@@ -99,17 +135,19 @@ void add_entry(const Job& job, const Panel* panels, int64_t row, int64_t rows, i
 }
 
 template <bool HIGH, bool TWO>
-MW_AMX void multiply_entry(const int8_t* x, int64_t stride, const uint8_t* first,
-                           const uint8_t* second, int64_t chunks, AmxSums& to) {
+MW_AMX void multiply_entry(const int8_t* low, const int8_t* high, int64_t rows,
+                           const uint8_t* first, const uint8_t* second, int64_t chunks,
+                           AmxSums& to) {
   _tile_zero(0);
   if (HIGH) _tile_zero(1);
   if (TWO) _tile_zero(2);
   if (HIGH && TWO) _tile_zero(3);
-  for (int64_t c = 0; c < chunks; ++c, x += kBytes) {
-    _tile_loadd(4, x, stride);
+  const int64_t low_tile = kBytes * (HIGH ? kAmxRows : rows), high_tile = kBytes * (rows - kAmxRows);
+  for (int64_t c = 0; c < chunks; ++c, low += low_tile, high += high_tile) {
+    _tile_loadd(4, low, kBytes);
     _tile_loadd(6, first, kBytes);
     _tile_dpbsud(0, 4, 6);
-    if (HIGH) _tile_loadd(5, x + kAmxRows * stride, stride);
+    if (HIGH) _tile_loadd(5, high, kBytes);
     if (HIGH) _tile_dpbsud(1, 5, 6);
     if (TWO) _tile_loadd(7, second, kBytes);
     if (TWO) _tile_dpbsud(2, 4, 7);
@@ -135,11 +173,13 @@ MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n) {
     shaped = rows;
     std::memset(at.totals, 0, sizeof at.totals);
     for (int64_t e = 0; e < p.entries; ++e) {
-      const int8_t* x = job.tiles + row * p.padded + e * p.entry;
+      const int64_t low = rows < kAmxRows ? rows : kAmxRows;
+      const int8_t* x = job.tiles + tile_at(row, low, e * chunks, p.padded);
+      const int8_t* high = job.tiles + tile_at(row + kAmxRows, rows - low, e * chunks, p.padded);
       const uint8_t* first = panels[0].codes + e * p.entry * kLanes;
       const uint8_t* second = panels[TWO].codes + e * p.entry * kLanes;
-      rows > kAmxRows ? multiply_entry<true, TWO>(x, p.padded, first, second, chunks, at)
-                      : multiply_entry<false, TWO>(x, p.padded, first, second, chunks, at);
+      rows > kAmxRows ? multiply_entry<true, TWO>(x, high, rows, first, second, chunks, at)
+                      : multiply_entry<false, TWO>(x, x, rows, first, second, chunks, at);
       add_entry<TWO, SHIFTS>(job, panels, row, rows, e, at);
     }
     for (int c = 0; c <= TWO; ++c) {

@@ -93,11 +93,11 @@ void unpack_panel(const Job& job, const Unpacker& u, int64_t n, const Panel& pan
 }
 
 // Two panels by so many rows: sums, totals, and what they are made from fill the 32 registers.
-constexpr int64_t kTileRows = 7;
+constexpr int64_t kPanelRows = 7;
 
 // Rows are cut into tiles of about the same height.
 inline int64_t tile_end(int64_t rows, int64_t tile) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (rows + kPanelRows - 1) / kPanelRows;
   return rows * (tile + 1) / tiles;
 }
 
@@ -196,7 +196,7 @@ void tile(const Job& job, const Panel* panels, int64_t row, int64_t n, Ahead& ah
 template <int PANELS, bool SHIFTS>
 void tiles(const Job& job, const Panel* panels, int64_t n) {
   const int64_t bytes = PANELS * kLanes * job.weight->packed_stride;
-  const int64_t turns = (job.rows + kTileRows - 1) / kTileRows * (job.plan.padded / 4);
+  const int64_t turns = (job.rows + kPanelRows - 1) / kPanelRows * (job.plan.padded / 4);
   Ahead ahead{job.weight->packed + n * job.weight->packed_stride + bytes, bytes / turns + 1};
   for (int64_t row = 0, t = 0; row < job.rows; row = tile_end(job.rows, t++)) {
     switch (tile_end(job.rows, t) - row) {
@@ -206,7 +206,7 @@ void tiles(const Job& job, const Panel* panels, int64_t n) {
       case 4: tile<4, PANELS, SHIFTS>(job, panels, row, n, ahead); break;
       case 5: tile<5, PANELS, SHIFTS>(job, panels, row, n, ahead); break;
       case 6: tile<6, PANELS, SHIFTS>(job, panels, row, n, ahead); break;
-      default: tile<kTileRows, PANELS, SHIFTS>(job, panels, row, n, ahead);
+      default: tile<kPanelRows, PANELS, SHIFTS>(job, panels, row, n, ahead);
     }
   }
 }

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights of small floating-point numbers, and of numbers from a table, as they are: products of few
-// rows in float32, and unpacking for those of many, of all codes of four bits too. Included into each
-// instruction set, as common.h is; vectors of 16 numbers become as many registers as there have to
-// be.
+// rows in float32, and unpacking for those of many. Included into each instruction set, as common.h
+// is; vectors of 16 numbers become as many registers as there have to be.
 #pragma once
-#include <algorithm>
 
 #include "common.h"
 #include "each.h"
@@ -203,58 +201,27 @@ MW_INLINE void store_floats(Floats value, uint16_t* to) {
   std::memcpy(to, &low, sizeof low);
 }
 
-// Writes numbers i to `end` of a row; returns how far it came.
-template <Coded CODED, class Out>
-MW_INLINE int64_t unpack_many(const Numbers<CODED>&, float, float, int64_t i, int64_t, Out*) {
-  return i;
-}
-
-#if defined(__AVX512BW__)
-// Codes of four bits as bfloat16, 32 at a time: the 16 values that a group can have are scaled and
-// rounded once, and looked up.
-template <>
-MW_INLINE int64_t unpack_many(const Numbers<kTable4>& numbers, float scale, float zero, int64_t i,
-                              int64_t end, uint16_t* row) {
-  if (end - i < 32) return i;
-  uint16_t values[32] = {};
-  store_floats((floats_at(numbers.values) - zero) * scale, values);
-  const __m512i table = _mm512_loadu_si512(values), low = _mm512_set1_epi32(0x000f000f);
-  for (; i + 32 <= end; i += 32) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers.row + i / 2));
-    const __m512i wide = _mm512_cvtepu8_epi32(bytes);  // the upper four bits go one half up
-    const __m512i codes = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 12)), low);
-    _mm512_storeu_si512(row + i, _mm512_permutexvar_epi16(codes, table));
-  }
-  return i;
-}
-#endif
-
 // Writes what rows `first` to `last` of a weight stand for: [last - first][k].
 template <Coded CODED, class Out>
 void unpack_rows(const Weight& w, Out* to, int64_t first, int64_t last) {
   const int64_t groups = groups_of(w), group = groups == 1 ? w.k : w.group;
-  float* scales = static_cast<float*>(memory_of(2 * size_t(groups) * sizeof(float)));
-  float* shifts = scales + groups;  // how far zero points lie above w.zero
-  std::fill(shifts, shifts + groups, 0.0f);
+  float* scales = static_cast<float*>(memory_of(size_t(groups) * sizeof(float)));
   const bool deep = fetches_deep();
   for (int64_t n = first; n < last; ++n) {
     const Numbers<CODED> numbers = numbers_of<CODED>(w, n);
     scale_values(w, n / w.rows_per_scale * w.scale_stride, groups, scales);
-    if (w.zero_point)
-      shift_values(w.zero_point + n / w.rows_per_scale * w.zero_point_stride, groups, w.num_bits,
-                   w.zero, shifts);
     Out* row = to + (n - first) * w.k;
     for (int64_t g = 0; g < groups; ++g) {
-      const float scale = scales[g], zero = shifts[g];
+      const float scale = scales[g];
       const int64_t end = (g + 1) * group < w.k ? (g + 1) * group : w.k;
-      int64_t i = unpack_many(numbers, scale, zero, g * group, end, row);
+      int64_t i = g * group;
       for (; i + kAtOnce <= end; i += kAtOnce) {
         fetch_line(numbers.row + i * w.num_bits / 8 + kFloatAhead, deep);
-        store_floats((numbers.at(i, kAtOnce) - zero) * scale, row + i);
+        store_floats(numbers.at(i, kAtOnce) * scale, row + i);
       }
       if (i >= end) continue;
       Out rest[kAtOnce];
-      store_floats((numbers.at(i, end - i) - zero) * scale, rest);
+      store_floats(numbers.at(i, end - i) * scale, rest);
       std::memcpy(row + i, rest, (end - i) * sizeof(Out));
     }
   }

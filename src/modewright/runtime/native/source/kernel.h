@@ -32,7 +32,7 @@ struct Weight {
   // Of floating-point numbers with 8 bits (floats.h) how far their bits are from those of a float:
   int32_t float_shift;
   float float_factor;
-  const float* values;        // numbers that codes of 4 bits stand for before scales, 16, or null
+  const float* values;        // 64 numbers that codes of up to 6 bits stand for before scales, or null
 };
 
 enum ScaleKind { kFloat32 = 0, kFloat16 = 1, kE8M0 = 2, kE4M3 = 3 };
@@ -65,6 +65,46 @@ struct Job {
   float* tile_scales;      // scales
   int32_t* tile_offsets;   // and -zero * sums
   float* out;          // [rows][n]
+};
+
+constexpr int64_t kTile = 512;       // bfloat16 numbers of a tile
+constexpr int64_t kTileInputs = 32;  // that lie side by side in it
+constexpr int64_t kTileRows = 16;
+
+// How a product in tiles is cut, so that what is multiplied stays in the caches.
+struct TilePlan {
+  int64_t tiles;   // of inputs in a chunk: 2048 of them at most
+  int64_t chunks;
+  int64_t part;    // tiles of a chunk that are unpacked at a time: 32 outputs of 640 inputs at most
+  int64_t blocks;  // of 32 rows
+  int64_t taken;   // of them, multiplied by one unpacking: a megabyte of x at most
+
+  TilePlan(int64_t rows, int64_t k) {
+    constexpr int64_t kMostTiles = 64, kMostPart = 20, kMostOfX = 1024;
+    const int64_t all = parts(k, kTileInputs);
+    chunks = parts(all, kMostTiles);
+    tiles = parts(all, chunks);
+    part = parts(tiles, parts(tiles, kMostPart));
+    blocks = parts(rows, 2 * kTileRows);
+    taken = parts(blocks, parts(2 * blocks * tiles, kMostOfX));
+  }
+  // Where x is: 16 rows and the 16 after them in turns, tile by tile.
+  int64_t place(int64_t chunk, int64_t block, int64_t tile) const {
+    return ((chunk * blocks + block) * tiles + tile) * 2 * kTile;
+  }
+  static int64_t parts(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+};
+
+// A product in bfloat16 on CPUs with tiles.
+struct TileJob {
+  const Weight* weight;
+  const void* x;      // [rows][k], float32 or bfloat16, as y
+  void* y;            // [rows][n]
+  float* sums;        // [rows][n]: y itself if that is float32
+  const float* bias;  // or null
+  uint16_t* tiles;    // room for x in tiles
+  int64_t rows;
+  Dtype dtype;
 };
 
 // A search of scales. Mirrored by modewright.runtime.native.scales.SearchStruct.
@@ -112,6 +152,8 @@ struct Isa {
   void (*silu_gate)(float* gate, const float* up, int64_t first, int64_t last);
   void (*attend_prepare)(const Attention&, int64_t first, int64_t last);  // null: there is none
   void (*attend)(const Attention&, int64_t first, int64_t last);
+  void (*tiles_arrange)(const TileJob&, int64_t first, int64_t last);  // null: there are no tiles
+  void (*tiles_multiply)(const TileJob&, int64_t first, int64_t last);
 };
 
 const Isa* scalar_isa();

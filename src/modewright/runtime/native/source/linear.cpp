@@ -233,6 +233,38 @@ MW_EXPORT void mw_float_unpack(const Weight* weight, void* to, int dtype, int64_
   });
 }
 
+// Whether an instruction set multiplies in tiles.
+MW_EXPORT int mw_has_tiles(int place) { return isa_named(place)->tiles_multiply != nullptr; }
+
+// y = x W^T + bias in bfloat16, summed in float32; dtype: of x and y. Bias: float32 or null.
+// Returns 0, or 2 if memory ran out.
+MW_EXPORT int mw_tiles_linear(const Weight* weight, const void* x, int64_t rows, const float* bias,
+                              void* y, int dtype, int place, int threads) {
+  const Isa* isa = isa_named(place);
+  const int64_t n = weight->n, size = dtype == kF32 ? 4 : 2;
+  constexpr int64_t kRows = 1024;
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int64_t count = rows - r < kRows ? rows - r : kRows;
+    const TilePlan plan(count, weight->k);
+    Arena arena(plan.place(plan.chunks, 0, 0) * sizeof(uint16_t) + (dtype == kF32 ? 0 : size_t(count) * n * sizeof(float)) + 2 * 64);
+    if (!arena.memory) return 2;
+    TileJob job{weight, static_cast<const char*>(x) + r * weight->k * size,
+                static_cast<char*>(y) + r * n * size};
+    job.tiles = arena.take<uint16_t>(plan.place(plan.chunks, 0, 0));
+    job.sums = dtype == kF32 ? static_cast<float*>(job.y) : arena.take<float>(count * n);
+    job.bias = bias;
+    job.rows = count;
+    job.dtype = Dtype(dtype);
+    parallel(threads, plan.blocks, 1, [&](int64_t first, int64_t last) {
+      isa->tiles_arrange(job, first, last);
+    });
+    parallel(threads, n, 32, [&](int64_t first, int64_t last) {
+      isa->tiles_multiply(job, first, last);
+    });
+  }
+  return 0;
+}
+
 // y = x / sqrt(mean(x^2) + eps) * weight; x, y: [rows][n].
 MW_EXPORT void mw_rms_norm(const float* x, const float* weight, float* y, int64_t rows, int64_t n,
                            float eps, int place, int threads) {

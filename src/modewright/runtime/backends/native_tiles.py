@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""modewright's own kernel for many rows on CPUs whose tiles multiply bfloat16."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from modewright.errors import KernelError
+from modewright.runtime.backends.base import (
+    FEW_ROWS,
+    MORE_ROWS,
+    SOME_ROWS,
+    Backend,
+    Case,
+    cpu_problem,
+)
+from modewright.runtime.backends.portable import simulated
+from modewright.runtime.native.library import (
+    BEST,
+    DTYPES,
+    Library,
+    NativeWeight,
+    format_problem,
+    library,
+    tiles_problem,
+)
+from modewright.runtime.packed_spec import PackedSpec
+from modewright.runtime.packed_weight import PackedWeight
+
+_LONG, _WIDE = 128, 1024  # inputs of a group, and of all, from which int8 products are faster
+_SHORT = 64  # inputs of a group, below which they are slow
+
+
+class NativeTiles(Backend):
+    """Weights become bfloat16 in the cache, a few outputs at a time, and meet all rows there.
+
+    What is multiplied faster in int8 is left to
+    :class:`~modewright.runtime.backends.native.Native`: few rows, and long groups, whose sums are
+    scaled seldom.
+    """
+
+    name = "native-tiles"
+    summary = "own kernel: packed codes become bfloat16 in the cache, tiles multiply them"
+    needs = "AMX; tens of rows; no int8 activations; a C++ compiler at first use, or a wheel"
+    accuracy = 1e-2
+
+    def refuses(self, case: Case) -> str | None:  # noqa: D102
+        problem = cpu_problem(case) or tiles_problem(case.spec)
+        if problem is not None:
+            return problem
+        found = library()
+        if isinstance(found, str):
+            return found
+        if not found.has_tiles:
+            return "this CPU has no AMX"
+        if case.act is not None and case.act.startswith("int8"):
+            return "int8 activations are multiplied as they are"
+        if case.rows <= least_rows(case.spec):
+            return f"it is for more than {least_rows(case.spec)} rows"
+        if format_problem(case.spec) is None and _has_long_groups(case.spec):
+            return f"groups of {case.spec.tile[1]} are multiplied faster in int8"
+        return "the weight is empty" if 0 in case.spec.shape else None
+
+    def prepare(self, weight: PackedWeight) -> NativeWeight:  # noqa: D102
+        return NativeWeight(weight, cast(Library, library()))
+
+    def linear(  # noqa: D102
+        self,
+        x: torch.Tensor,
+        prepared: NativeWeight,
+        bias: torch.Tensor | None,
+        act: str | None,
+        act_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x = simulated(x, act, act_scale)
+        kind = DTYPES.get(x.dtype)
+        if kind is None:
+            return self.linear(x.float(), prepared, bias, None, None).to(x.dtype)
+        x = x.contiguous()
+        result = x.new_empty(*x.shape[:-1], prepared.rows)
+        added = None if bias is None else bias.float().contiguous()
+        prepared.update()
+        failed = prepared.kernels.tiles_linear(
+            prepared.address,
+            x.data_ptr(),
+            x.numel() // prepared.columns,
+            None if added is None else added.data_ptr(),
+            result.data_ptr(),
+            kind,
+            BEST,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise KernelError("the kernel cannot multiply by this weight: memory ran out.")
+        return result
+
+
+def least_rows(spec: PackedSpec) -> int:
+    """Return up to how many rows another kernel is faster."""
+    if format_problem(spec) is not None:
+        return FEW_ROWS
+    return SOME_ROWS if spec.tile[1] < _SHORT else MORE_ROWS
+
+
+def _has_long_groups(spec: PackedSpec) -> bool:
+    return spec.tile[1] >= _LONG and spec.shape[1] >= _WIDE and not spec.has_zero_point
