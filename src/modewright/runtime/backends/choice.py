@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -28,8 +28,10 @@ from modewright.runtime.backends.base import (
     Case,
 )
 from modewright.runtime.backends.measure import fastest
+from modewright.runtime.backends.native import Native
 from modewright.runtime.backends.portable import portable_linear
 from modewright.runtime.backends.table import backend_named, backends
+from modewright.runtime.native.library import NativeWeight
 from modewright.runtime.packed_weight import PackedWeight
 
 SWITCH = "MODEWRIGHT_BACKENDS"
@@ -37,6 +39,7 @@ SWITCH = "MODEWRIGHT_BACKENDS"
 
 _Plan = tuple[Backend, Any, int | None]  # and the version of the packed tensor it was made for
 _allowed: list[tuple[str, ...]] = []
+_FEW_FLOATS = (torch.float32, True, None, 0)  # the key of plans: dtype, on a CPU, act, size
 
 
 def linear(
@@ -88,6 +91,18 @@ def linear(
     ):
         plan = _new_plan(weight, x, act, key)
     return plan[0].linear(x, plan[1], bias, act, act_scale)
+
+
+def native_plan(weight: PackedWeight) -> NativeWeight | None:
+    """Return a weight as modewright's own kernel has it, if that serves a few rows of float32.
+
+    ``None`` too where that was not chosen yet, or something else was.
+    """
+    plan: _Plan | None = weight.plans.get(_FEW_FLOATS)
+    if plan is None or type(plan[0]) is not Native or _allowed:
+        return None
+    fresh = plan[2] is None or plan[2] == weight.packed._version
+    return cast(NativeWeight, plan[1]) if fresh else None
 
 
 def choose(case: Case, *, copies: bool = True, measure: bool = False) -> Backend:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // AVX2: Intel since Haswell, AMD since Zen. There is no product of u8 and s8 in int32 here: pairs
 // are summed in int16, which 7 bits fit, so the codes of 8 bits are taken apart once more.
-#include "between.h"
+#include "next_token.h"
 #include "common.h"
 #include "floats.h"
 #include "scales.h"
@@ -180,7 +180,7 @@ void dot(const Job& job, int64_t first, int64_t last) {
 }
 
 const Isa kIsa = {"avx2", kBytes, INT64_MAX, quantize_row<kBytes>, dot, nullptr, nullptr, search_rows, float_dot, float_unpack,
-                   rms_norm, silu_gate, nullptr, nullptr};
+                   rms_norm, silu_gate, rotate, attend_next, nullptr, nullptr};
 
 }  // namespace
 

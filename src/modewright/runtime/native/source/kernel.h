@@ -125,7 +125,7 @@ struct ScaleSearch {
 struct Attention {
   const float *query, *key, *value;  // [batch][head][token][features]: features lie side by side,
   float* out;                        // the others are so many floats apart; [batch][token][head][..]
-  float* arranged;                   // room for the keys
+  float* arranged;                   // room for the keys, or the scores of the next token
   int64_t batches, heads, kv_heads, tokens, features;
   int64_t query_batch, query_head, query_token;
   int64_t key_batch, key_head, key_token;
@@ -150,6 +150,8 @@ struct Isa {
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t n, float eps,
                    int64_t first, int64_t last);
   void (*silu_gate)(float* gate, const float* up, int64_t first, int64_t last);
+  void (*rotate)(float* x, const float* cos, const float* sin, int64_t heads, int64_t features);
+  void (*attend_next)(const Attention&, int64_t first, int64_t last);
   void (*attend_prepare)(const Attention&, int64_t first, int64_t last);  // null: there is none
   void (*attend)(const Attention&, int64_t first, int64_t last);
   void (*tiles_arrange)(const TileJob&, int64_t first, int64_t last);  // null: there are no tiles

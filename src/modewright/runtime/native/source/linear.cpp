@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "block.h"
 #include "common.h"
 #include "kernel.h"
 #include "pool.h"
@@ -169,8 +170,6 @@ bool run(const Weight& w, const Isa& isa, const Plan& plan, const void* x, int64
 
 using namespace mw;
 
-#define MW_EXPORT __attribute__((visibility("default")))
-
 extern "C" {
 
 // The name of instruction set `place` (0 scalar, 1 AVX2, 2 AVX-512), null where it is missing.
@@ -280,6 +279,32 @@ MW_EXPORT void mw_silu_gate(float* gate, const float* up, int64_t count, int pla
   parallel(threads, count, 1 << 15, [=](int64_t first, int64_t last) {
     isa->silu_gate(gate, up, first, last);
   });
+}
+
+// Turns the query and the key of one token of each text by where it stands: [texts][heads][features];
+// cos and sin: [features], `stride` floats further for the next text.
+MW_EXPORT void mw_rotate(float* query, float* key, const float* cos, const float* sin, int64_t texts,
+                         int64_t heads, int64_t kv_heads, int64_t features, int64_t stride,
+                         int place) {
+  const Isa* isa = isa_named(place);
+  for (int64_t t = 0; t < texts; ++t, cos += stride, sin += stride) {
+    isa->rotate(query + t * heads * features, cos, sin, heads, features);
+    isa->rotate(key + t * kv_heads * features, cos, sin, kv_heads, features);
+  }
+}
+
+// One token of each text to all of its tokens. Returns 0, or 2 if memory ran out.
+MW_EXPORT int mw_attend_next(Attention* attention, int place, int threads) {
+  const Isa* isa = isa_named(place);
+  Attention& a = *attention;
+  Arena arena(sizeof(float) * size_t(a.batches * a.heads) * a.tokens + 64);
+  if (!arena.memory) return 2;
+  a.arranged = reinterpret_cast<float*>(arena.memory);
+  const int64_t few = up(1 << 16, a.tokens * a.features);  // what is too little for two threads
+  parallel(threads, a.batches * a.kv_heads, few, [&](int64_t first, int64_t last) {
+    isa->attend_next(a, first, last);
+  });
+  return 0;
 }
 
 // Whether an instruction set has a kernel for attention.

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole block of a language model for the next token of a text, in two calls of the library.
+
+While a text is generated, each of a block's kernels takes some tens of microseconds, and calling it
+from Python takes about as long. Only the cache of keys and values stays outside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+
+from modewright.errors import KernelError
+from modewright.runtime.native.between import AttentionStruct
+from modewright.runtime.native.library import BEST, ISAS, NativeWeight
+
+WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_Update = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class BlockStruct(ctypes.Structure):
+    """``mw::Block`` of ``source/block.h``."""
+
+    _fields_ = (
+        ("weights", ctypes.c_void_p * len(WEIGHTS)),
+        ("biases", ctypes.c_void_p * len(WEIGHTS)),
+        ("norms", ctypes.c_void_p * 2),
+        ("eps", ctypes.c_float * 2),
+        *(
+            (n, ctypes.c_int64)
+            for n in ("texts", "width", "heads", "kv_heads", "features", "inner")
+        ),
+    )
+
+
+class NativeBlock:
+    """Attention with rotary embeddings and a gated activation, each behind an RMS norm.
+
+    Args:
+        weights: Those of :data:`WEIGHTS`, in that order.
+        biases: Of each, contiguous float32, or ``None``.
+        norms: The weights of both norms, contiguous float32.
+        eps: Of both norms.
+        features: Of a head.
+        scaling: What scores are multiplied with.
+        isa: The instruction set, for tests; the best one by default.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[NativeWeight],
+        biases: Sequence[torch.Tensor | None],
+        norms: tuple[torch.Tensor, torch.Tensor],
+        eps: tuple[float, float],
+        features: int,
+        scaling: float,
+        isa: str | None = None,
+    ) -> None:
+        loaded = weights[0].kernels.loaded
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._begin, self._end = loaded.mw_block_begin, loaded.mw_block_end
+        self._begin.argtypes = [*[pointer] * 4, size, *[pointer] * 3, number, number]
+        self._end.argtypes = [*[pointer] * 4, number, number]
+        self._place = BEST if isa is None else ISAS.index(isa)
+        self._kept = (weights, biases, norms)
+        self._scaling, self.features = scaling, features
+        self.heads, self.kv_heads = (weight.rows // features for weight in weights[:2])
+        self._struct = BlockStruct(eps=eps, width=weights[0].columns, inner=weights[4].rows)
+        self._struct.features, self._struct.heads = features, self.heads
+        self._struct.kv_heads = self.kv_heads
+        self._struct.weights[:] = [weight.address for weight in weights]
+        self._struct.biases[:] = [None if bias is None else bias.data_ptr() for bias in biases]
+        self._struct.norms[:] = [norm.data_ptr() for norm in norms]
+        self._address = ctypes.addressof(self._struct)
+
+    def next_token(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, update: _Update
+    ) -> torch.Tensor:
+        """Return what the block makes of one token of each text.
+
+        Args:
+            x: ``[texts, 1, width]``, contiguous float32.
+            cos: ``[texts or 1, 1, features]``, contiguous float32: by how much queries and keys are
+                turned.
+            sin: As ``cos``.
+            update: Takes the token's key and value, ``[texts, key heads, 1, features]``; returns
+                those of all tokens, features side by side.
+
+        Returns:
+            ``[texts, 1, width]``.
+
+        Raises:
+            KernelError: Memory ran out.
+        """
+        texts, threads = len(x), torch.get_num_threads()
+        heads, kv_heads, features = self.heads, self.kv_heads, self.features
+        self._struct.texts = texts
+        for weight in self._kept[0]:
+            weight.update()
+        query = x.new_empty(texts, heads, features)
+        key = x.new_empty(texts, kv_heads, 1, features)
+        value = x.new_empty(texts, kv_heads, 1, features)
+        failed = self._begin(
+            *(self._address, x.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+            features if len(cos) > 1 else 0,
+            *(query.data_ptr(), key.data_ptr(), value.data_ptr(), self._place, threads),
+        )
+        if failed:
+            raise _failure(failed)
+        keys, values = update(key, value)
+        attention = AttentionStruct(
+            *(query.data_ptr(), keys.data_ptr(), values.data_ptr(), None, None),
+            *(texts, heads, kv_heads, keys.shape[2], features),
+            *(heads * features, features, features),
+            *keys.stride()[:3],
+            *values.stride()[:3],
+            self._scaling,
+        )
+        result = torch.empty_like(x)
+        failed = self._end(
+            *(self._address, x.data_ptr(), ctypes.addressof(attention), result.data_ptr()),
+            *(self._place, threads),
+        )
+        if failed:
+            raise _failure(failed)
+        return result
+
+
+def _failure(code: int) -> KernelError:
+    why = "groups of a weight do not fit" if code == 1 else "memory ran out"
+    return KernelError(f"the kernels cannot run a block: {why}. Set MODEWRIGHT_NATIVE=0.")
