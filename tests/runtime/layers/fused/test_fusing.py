@@ -14,8 +14,8 @@ from torch import nn
 import modewright
 from modewright.errors import CheckpointError
 from modewright.runtime.backends import using
-from modewright.runtime.layers import fused
 from modewright.runtime.layers.fused import fuse, fuse_as_recorded, unfuse
+from modewright.runtime.layers.fused.base import FusedLayer
 from modewright.runtime.native.between import Between, between
 from support.library_recipes import llama, windows
 
@@ -63,8 +63,8 @@ def test_a_fused_model_computes_the_same_by_kernels(calls: Calls) -> None:
     kinds = fuse(model)
     found = outputs(model)
 
-    assert sorted(set(kinds.values())) == ["attention", "rms_norm", "silu_gate"]
-    assert len(kinds) == 4 * 4 + 1
+    assert sorted(set(kinds.values())) == ["attention", "block", "rms_norm", "silu_gate"]
+    assert len(kinds) == 4 * 5 + 1
     assert calls.seen.count("rms_norm") == 9
     assert calls.seen.count("silu_gate_") == 4
     attends = between() is not None and between().attends  # type: ignore[union-attr]
@@ -199,7 +199,7 @@ def test_layers_that_only_look_alike_are_left_alone() -> None:
 def test_only_blocks_with_the_layers_that_are_named_are_fused() -> None:
     kinds = fuse(llama(), ["model.layers.2.mlp.up_proj", "lm_head"])
 
-    assert len(kinds) == 4
+    assert len(kinds) == 5
     assert all(path.startswith("model.layers.2.") for path in kinds)
 
 
@@ -268,18 +268,18 @@ def test_compress_fuses_and_restores_and_decompress_takes_it_back() -> None:
     other = modewright.restore_from_mode_state(llama(), state)
     other.load_state_dict(model.state_dict())
 
-    assert len(kinds) == 16  # the norm behind the blocks is in none
+    assert len(kinds) == 20  # the norm behind the blocks is in none
     assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
     assert torch.equal(outputs(other), outputs(model))
     plain = modewright.apply_mode(model, "decompress")
-    assert not any(isinstance(m, fused.FusedLayer) for m in plain.modules())
+    assert not any(isinstance(m, FusedLayer) for m in plain.modules())
 
 
 def test_compress_leaves_what_is_between_as_it_is_if_asked() -> None:
     modes: list[Any] = [("quantize", {"scheme": "w8a16"}), "max_calibrate"]
     model = modewright.apply_mode(llama(), [*modes, ("compress", {"fuse": False})])
 
-    assert not any(isinstance(m, fused.FusedLayer) for m in model.modules())
+    assert not any(isinstance(m, FusedLayer) for m in model.modules())
 
 
 def test_a_fused_model_can_be_copied() -> None:

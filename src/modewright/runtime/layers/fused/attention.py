@@ -28,7 +28,7 @@ _ROTARY = (
     "value_states cos sin attention_interface attn_output attn_weights shape head_dim q_proj "
     "k_proj v_proj o_proj view transpose apply_rotary_pos_emb update layer_idx config "
     "ALL_ATTENTION_FUNCTIONS get_interface _attn_implementation eager_attention_forward training "
-    "attention_dropout scaling reshape contiguous sliding_window Callable"
+    "attention_dropout scaling reshape contiguous getattr sliding_window Callable"
 )
 
 

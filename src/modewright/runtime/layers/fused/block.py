@@ -52,26 +52,27 @@ class FusedBlock(FusedLayer):
 
     def _next_token(self, x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor | None:
         """Return the output for one token of each text, or ``None`` if the kernels do not serve."""
-        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        cache: Any = next((given[name] for name in _CACHES if given.get(name) is not None), None)
         where = given.get("position_embeddings")
         if x.dim() != 3 or x.shape[1] != 1 or not 0 < len(x) <= _FEW_TEXTS:
             return None
         if type(cache).__name__ != "DynamicCache" or not isinstance(where, tuple):
             return None
+        cos, sin = where
         if given.get("attention_mask") is not None or given.get("output_attentions"):
             return None
         attention: dict[str, Any] = cast(nn.Module, self._modules["self_attn"]).__dict__
         if attention["config"]._attn_implementation != "sdpa" or self._is_watched():
             return None
-        if kernels_for(x, *where) is None or torch.is_autocast_enabled("cpu"):
+        if kernels_for(x, cos, sin) is None or torch.is_autocast_enabled("cpu"):
             return None
         block = self._native()
         if block is None or not x.is_contiguous():
             return None
-        if not all(_of_one_token(turn, len(x), block.features) for turn in where):
+        if not all(_of_one_token(turn, len(x), block.features) for turn in (cos, sin)):
             return None
         place = attention["layer_idx"]
-        return block.next_token(x, *where, lambda key, value: cache.update(key, value, place))
+        return block.next_token(x, cos, sin, lambda key, value: cache.update(key, value, place))
 
     def _is_watched(self) -> bool:
         """Whether somebody wants to see what is inside, or changed it."""
