@@ -120,12 +120,15 @@ class Parts:
         self.weights = [random_weight(fmt, *shape, **fields) for shape in shapes]
         some = [numbers(n, seed=9) * 0.1 for n, _ in shapes]
         self.biases = [bias if with_bias else None for bias in some]
+        self.inputs: list[tuple[str | None, torch.Tensor | None]] = [(None, None)] * 7
         self.norms = (0.1 + 0.01 * numbers(WIDTH, seed=4), 0.1 + 0.01 * numbers(WIDTH, seed=5))
 
     def native(self, isa: str) -> NativeBlock:
         kernels = cast(Library, library())
         weights = [NativeWeight(weight, kernels) for weight in self.weights]
-        return NativeBlock(weights, self.biases, self.norms, (1e-5, 1e-6), FEATURES, 0.25, isa)
+        return NativeBlock(
+            *(weights, self.biases, self.inputs, self.norms, (1e-5, 1e-6), FEATURES, 0.25, isa)
+        )
 
     def exact(
         self, x: torch.Tensor, turn: Turn, past: tuple[torch.Tensor, torch.Tensor]
@@ -170,6 +173,23 @@ def test_a_block_is_its_formula(isa: str, texts: int, with_bias: bool) -> None:
     assert kept == [(texts, KV_HEADS, 1, FEATURES)]
     # inputs are rounded to int8 before each of the products
     assert (found - expected).norm() <= 3e-2 * expected.norm()
+
+
+def test_inputs_that_are_quantized_take_their_scales() -> None:
+    parts = Parts("int8", {}, False)
+    x, (cos, sin) = numbers(2, 1, WIDTH), numbers(2, 1, 1, FEATURES, seed=6)
+    none = torch.zeros(2, KV_HEADS, 0, FEATURES)
+    expected = parts.exact(x, (cos, sin), (none, none))
+    errors = []
+    for scale in (3e-3, 1e-4):  # with the second one, values saturate
+        parts.inputs = [("int8_token", None)] * 7
+        parts.inputs[2] = ("int8_tensor", torch.tensor([[scale]]))
+        block = parts.native("scalar")
+        found = block.next_token(x, cos, sin, lambda key, value: (key, value))
+        errors.append(float((found - expected).norm() / expected.norm()))
+
+    assert errors[0] <= 3e-2
+    assert errors[1] >= 0.3
 
 
 def test_texts_that_stand_at_the_same_place_share_a_turn() -> None:

@@ -39,7 +39,6 @@ SWITCH = "MODEWRIGHT_BACKENDS"
 
 _Plan = tuple[Backend, Any, int | None]  # and the version of the packed tensor it was made for
 _allowed: list[tuple[str, ...]] = []
-_FEW_FLOATS = (torch.float32, True, None, 0)  # the key of plans: dtype, on a CPU, act, size
 
 
 def linear(
@@ -93,12 +92,12 @@ def linear(
     return plan[0].linear(x, plan[1], bias, act, act_scale)
 
 
-def native_plan(weight: PackedWeight) -> NativeWeight | None:
+def native_plan(weight: PackedWeight, act: str | None) -> NativeWeight | None:
     """Return a weight as modewright's own kernel has it, if that serves a few rows of float32.
 
     ``None`` too where that was not chosen yet, or something else was.
     """
-    plan: _Plan | None = weight.plans.get(_FEW_FLOATS)
+    plan: _Plan | None = weight.plans.get((torch.float32, True, act, 0))
     if plan is None or type(plan[0]) is not Native or _allowed:
         return None
     fresh = plan[2] is None or plan[2] == weight.packed._version

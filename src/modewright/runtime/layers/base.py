@@ -246,7 +246,7 @@ def make_plain(layer: PackedLayer, parameters: dict[str, nn.Parameter]) -> nn.Mo
     record = layer.record
     for name in (*record.buffers(), *TRANSFORMS):
         layer._buffers.pop(name, None)
-    for name in ("record", "compute_dtype", "_weights", "is_bare"):
+    for name in ("record", "compute_dtype", "_weights", "is_product"):
         layer.__dict__.pop(name, None)
     layer.__class__ = own_class(type(layer))  # type: ignore[assignment]
     for name, parameter in parameters.items():

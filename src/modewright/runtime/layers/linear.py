@@ -38,9 +38,7 @@ class PackedLinear(LinearLike):
     """Packed :class:`torch.nn.Linear`: a backend multiplies by the packed weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        if not self.__dict__["is_bare"]:
-            return super().forward(input)
-        return backends.linear(self.packed_weight(), input, self._parameters["bias"])
+        return self.product(input) if self.__dict__["is_product"] else super().forward(input)
 
     def product(self, input: torch.Tensor) -> torch.Tensor:  # noqa: D102
         spec = self.record.activations.get("input")
@@ -57,10 +55,12 @@ class PackedLinear(LinearLike):
         return F.linear(F.linear(input, down), up)
 
     def was_packed(self) -> None:
-        """Note whether there is nothing but the product to compute."""
+        """Note whether a product is all, with inputs quantized as backends do it or not at all."""
         record = self.record
-        others = record.transforms or record.hadamard_size or record.activations
-        self.__dict__["is_bare"] = not others
+        others = {*record.transforms, *record.activations} - {"input"}
+        spec = record.activations.get("input")
+        named = spec is None or spec.name is not None
+        self.__dict__["is_product"] = named and not others and not record.hadamard_size
 
 
 class PackedTransposedLinear(PackedLinear):

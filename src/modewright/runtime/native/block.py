@@ -14,7 +14,7 @@ import torch
 
 from modewright.errors import KernelError
 from modewright.runtime.native.between import AttentionStruct
-from modewright.runtime.native.library import BEST, ISAS, NativeWeight
+from modewright.runtime.native.library import ACTIVATIONS, BEST, ISAS, NativeWeight
 
 WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _Update = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -26,6 +26,8 @@ class BlockStruct(ctypes.Structure):
     _fields_ = (
         ("weights", ctypes.c_void_p * len(WEIGHTS)),
         ("biases", ctypes.c_void_p * len(WEIGHTS)),
+        ("act_scales", ctypes.c_float * len(WEIGHTS)),
+        ("acts", ctypes.c_int * len(WEIGHTS)),
         ("norms", ctypes.c_void_p * 2),
         ("eps", ctypes.c_float * 2),
         *(
@@ -41,6 +43,8 @@ class NativeBlock:
     Args:
         weights: Those of :data:`WEIGHTS`, in that order.
         biases: Of each, contiguous float32, or ``None``.
+        inputs: How inputs of each are quantized: ``None``, ``"int8_token"`` or ``"int8_tensor"``,
+            and the scale of the latter.
         norms: The weights of both norms, contiguous float32.
         eps: Of both norms.
         features: Of a head.
@@ -52,6 +56,7 @@ class NativeBlock:
         self,
         weights: Sequence[NativeWeight],
         biases: Sequence[torch.Tensor | None],
+        inputs: Sequence[tuple[str | None, torch.Tensor | None]],
         norms: tuple[torch.Tensor, torch.Tensor],
         eps: tuple[float, float],
         features: int,
@@ -72,6 +77,9 @@ class NativeBlock:
         self._struct.kv_heads = self.kv_heads
         self._struct.weights[:] = [weight.address for weight in weights]
         self._struct.biases[:] = [None if bias is None else bias.data_ptr() for bias in biases]
+        self._struct.acts[:] = [ACTIVATIONS[act] for act, _ in inputs]
+        scales = [1.0 if scale is None else float(scale) for _, scale in inputs]
+        self._struct.act_scales[:] = scales
         self._struct.norms[:] = [norm.data_ptr() for norm in norms]
         self._address = ctypes.addressof(self._struct)
 

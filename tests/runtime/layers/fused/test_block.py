@@ -41,9 +41,11 @@ def model_of(kind: str, **more: Any) -> Any:
         return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
-def packed(model: Any, *, fused: bool = True) -> Any:
-    modes: list[Any] = [("quantize", {"scheme": "w8a16"}), "max_calibrate"]
-    return modewright.apply_mode(model, [*modes, ("compress", {"fuse": fused})])
+def packed(model: Any, *, fused: bool = True, scheme: str = "w8a16") -> Any:
+    modes: list[Any] = [("quantize", {"scheme": scheme}), "max_calibrate"]
+    data = {"calibration": [{"input_ids": ids} for ids in windows()]}
+    modewright.apply_mode(model, modes, mode_kwargs=data)
+    return modewright.apply_mode(model, ("compress", {"fuse": fused}))
 
 
 def steps(model: Any, prompt: torch.Tensor, count: int = 4) -> torch.Tensor:
@@ -98,6 +100,27 @@ def test_the_next_token_is_the_same_by_the_kernels(
     # full when the last one comes
     assert tokens == [texts] * 3 * (2 if kind == "Mistral" else 3)
     assert close(found, expected)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8_static", "w4a8"])
+def test_quantized_inputs_are_the_same_by_the_kernels(scheme: str, tokens: list[int]) -> None:
+    prompt = windows()[0][:, :10]
+    expected = steps(packed(llama(), fused=False, scheme=scheme), prompt)
+    found = steps(packed(llama(), scheme=scheme), prompt)
+
+    assert len(tokens) == 4 * 3
+    assert close(found, expected)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "nvfp4"])
+def test_inputs_that_the_kernel_does_not_quantize_are_left_to_others(
+    scheme: str, tokens: list[int]
+) -> None:
+    prompt = windows()[0][:, :10]
+    expected = steps(packed(llama(), fused=False, scheme=scheme), prompt)
+
+    assert close(steps(packed(llama(), scheme=scheme), prompt), expected)
+    assert tokens == []
 
 
 def test_a_block_with_another_formula_is_left_alone(tokens: list[int]) -> None:

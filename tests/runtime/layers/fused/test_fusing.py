@@ -200,7 +200,7 @@ def test_only_blocks_with_the_layers_that_are_named_are_fused() -> None:
     kinds = fuse(llama(), ["model.layers.2.mlp.up_proj", "lm_head"])
 
     assert len(kinds) == 5
-    assert all(path.startswith("model.layers.2.") for path in kinds)
+    assert all(f"{path}.".startswith("model.layers.2.") for path in kinds)
 
 
 def test_weights_get_their_gradients_where_the_input_needs_none() -> None:

@@ -26,7 +26,7 @@ from modewright.runtime.layers.fused.pointwise import (
     norm_formula,
 )
 from modewright.runtime.native.block import WEIGHTS, NativeBlock
-from modewright.runtime.native.library import NativeWeight
+from modewright.runtime.native.library import ACTIVATIONS, NativeWeight
 
 KEPT = "_native_block"  # the attribute that holds what was made of a block
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -98,7 +98,7 @@ class FusedBlock(FusedLayer):
         for layer in layers:
             buffers = layer._buffers
             tensors += buffers.get("weight_packed"), buffers.get("weight_scale")
-            tensors.append(layer._parameters["bias"])
+            tensors += layer._parameters["bias"], buffers.get("input_scale")
         kept: _Kept = self.__dict__.setdefault(KEPT, _Kept())
         if len(kept.tensors) != len(tensors) or any(map(is_not, kept.tensors, tensors)):
             kept.block, kept.tensors = self._made(norms, layers), tensors
@@ -108,21 +108,29 @@ class FusedBlock(FusedLayer):
 
     def _made(self, norms: tuple[Any, Any], layers: tuple[Any, ...]) -> NativeBlock | None:
         """Return a new one, or ``None`` if something else than the kernels serves a layer."""
-        if not all(layer.__dict__.get("is_bare") for layer in layers):
+        if not all(layer.__dict__.get("is_product") for layer in layers):
             return None
-        plans = [native_plan(layer.packed_weight()) for layer in layers]
+        inputs = [layer.record.activations.get("input") for layer in layers]
+        acts = [None if spec is None else spec.name for spec in inputs]
+        plans = [
+            native_plan(layer.packed_weight(), act) for layer, act in zip(layers, acts, strict=True)
+        ]
         weights = [norm._parameters["weight"] for norm in norms]
         biases = [layer._parameters["bias"] for layer in layers]
         for tensor in (*weights, *biases):
             if tensor is not None and not (_is_float(tensor) and tensor.is_contiguous()):
                 return None
-        if None in plans:
+        if None in plans or not set(acts) <= set(ACTIVATIONS):
             return None
         attention = cast(nn.Module, self._modules["self_attn"]).__dict__
         first, second = (cast(float, eps_of(norm)) for norm in norms)
         return NativeBlock(
             cast(list[NativeWeight], plans),
             biases,
+            [
+                (act, layer._buffers.get("input_scale"))
+                for act, layer in zip(acts, layers, strict=True)
+            ],
             (weights[0], weights[1]),
             (first, second),
             attention["head_dim"],

@@ -13,7 +13,8 @@ constexpr int kNoBias = kNone << 2;
 
 int multiply(const Block& b, BlockWeight which, const float* x, float* y, int options) {
   const float* bias = b.biases[which];
-  return mw_linear(b.weights[which], x, b.texts, bias, y, 1.0f, bias ? options : options | kNoBias);
+  options |= b.acts[which] << 4 | (bias ? 0 : kNoBias);
+  return mw_linear(b.weights[which], x, b.texts, bias, y, b.act_scales[which], options);
 }
 
 void add(const float* x, int64_t count, float* y) {

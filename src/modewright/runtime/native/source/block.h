@@ -13,6 +13,8 @@ enum BlockWeight { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kBlockWeigh
 struct Block {
   const Weight* weights[kBlockWeights];
   const float* biases[kBlockWeights];  // or null
+  float act_scales[kBlockWeights];     // of inputs that have a given one
+  int32_t acts[kBlockWeights];         // Activation
   const float* norms[2];               // of attention, and of what follows
   float eps[2];
   int64_t texts, width, heads, kv_heads, features, inner;
