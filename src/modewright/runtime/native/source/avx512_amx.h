@@ -103,11 +103,13 @@ inline void interleave_rows(const Job& job) {
     job.tile_offsets[i] = -job.weight->zero * job.sums[i];
 }
 
-// Adds the sums of an entry to the totals, as numbers.
+// Adds the sums of an entry to the totals, as numbers; the last one goes to the output instead.
 template <bool TWO, bool SHIFTS>
-void add_entry(const Job& job, const Panel* panels, int64_t row, int64_t rows, int64_t e,
+void add_entry(const Job& job, const Panel* panels, int64_t row, int64_t rows, int64_t n, int64_t e,
                AmxSums& at) {
-  const int64_t entries = job.plan.entries;
+  const int64_t entries = job.plan.entries, outputs = job.weight->n;
+  const bool adds = e > 0, ends = e + 1 == entries;
+  float* out = job.out + row * outputs + n;
   constexpr int kPanels = 1 + TWO;
   __m512 scale[kPanels];
   __m512i shift[kPanels];
@@ -118,6 +120,7 @@ void add_entry(const Job& job, const Panel* panels, int64_t row, int64_t rows, i
   const float* own = job.scales + row * entries + e;
   const int32_t* offset = job.tile_offsets + row * entries + e;
   const int32_t* of_codes = job.sums + row * entries + e;
+  const __mmask16 there[2] = {first_lanes(outputs - n), TWO ? first_lanes(outputs - n - kLanes) : 0};
   for (int64_t r = 0; r < rows; ++r, own += entries, offset += entries, of_codes += entries) {
     const __m512 of_row = _mm512_set1_ps(*own);
     const __m512i zeros = _mm512_set1_epi32(*offset);
@@ -128,8 +131,10 @@ void add_entry(const Job& job, const Panel* panels, int64_t row, int64_t rows, i
         sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(codes, shift[c]));
       }
       const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), of_row);
-      const __m512 total = _mm512_load_ps(at.totals[c][r]);
-      _mm512_store_ps(at.totals[c][r], _mm512_fmadd_ps(product, scale[c], total));
+      const __m512 total = adds ? _mm512_load_ps(at.totals[c][r]) : _mm512_setzero_ps();
+      const __m512 result = _mm512_fmadd_ps(product, scale[c], total);
+      if (ends) _mm512_mask_storeu_ps(out + r * outputs + c * kLanes, there[c], result);
+      else _mm512_store_ps(at.totals[c][r], result);
     }
   }
 }
@@ -144,10 +149,10 @@ MW_AMX void multiply_entry(const int8_t* low, const int8_t* high, int64_t rows,
   if (HIGH && TWO) _tile_zero(3);
   const int64_t low_tile = kBytes * (HIGH ? kAmxRows : rows), high_tile = kBytes * (rows - kAmxRows);
   for (int64_t c = 0; c < chunks; ++c, low += low_tile, high += high_tile) {
-    _tile_loadd(4, low, kBytes);
+    _tile_stream_loadd(4, low, kBytes);
     _tile_loadd(6, first, kBytes);
     _tile_dpbsud(0, 4, 6);
-    if (HIGH) _tile_loadd(5, high, kBytes);
+    if (HIGH) _tile_stream_loadd(5, high, kBytes);
     if (HIGH) _tile_dpbsud(1, 5, 6);
     if (TWO) _tile_loadd(7, second, kBytes);
     if (TWO) _tile_dpbsud(2, 4, 7);
@@ -171,7 +176,6 @@ MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n) {
     const int64_t left = job.rows - row, rows = left < 2 * kAmxRows ? left : 2 * kAmxRows;
     if (rows != shaped) shape_tiles(rows);
     shaped = rows;
-    std::memset(at.totals, 0, sizeof at.totals);
     for (int64_t e = 0; e < p.entries; ++e) {
       const int64_t low = rows < kAmxRows ? rows : kAmxRows;
       const int8_t* x = job.tiles + tile_at(row, low, e * chunks, p.padded);
@@ -180,13 +184,7 @@ MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n) {
       const uint8_t* second = panels[TWO].codes + e * p.entry * kLanes;
       rows > kAmxRows ? multiply_entry<true, TWO>(x, high, rows, first, second, chunks, at)
                       : multiply_entry<false, TWO>(x, x, rows, first, second, chunks, at);
-      add_entry<TWO, SHIFTS>(job, panels, row, rows, e, at);
-    }
-    for (int c = 0; c <= TWO; ++c) {
-      const __mmask16 mask = first_lanes(job.weight->n - n - c * kLanes);
-      float* out = job.out + row * job.weight->n + n + c * kLanes;
-      for (int64_t r = 0; r < rows; ++r)
-        _mm512_mask_storeu_ps(out + r * job.weight->n, mask, _mm512_load_ps(at.totals[c][r]));
+      add_entry<TWO, SHIFTS>(job, panels, row, rows, n, e, at);
     }
   }
 }

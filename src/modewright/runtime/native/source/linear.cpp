@@ -133,6 +133,15 @@ struct Arena {
   }
 };
 
+// Rows of so many int8 numbers that are multiplied by one unpacking of the weight. Tiles are fast
+// enough to be kept waiting by rows that do not fit the second cache.
+int64_t rows_at_once(const Isa& isa, int64_t numbers) {
+  constexpr int64_t kMost = 1024, kFewest = 128, kCached = 1 << 20;
+  if (!isa.tiles_multiply) return kMost;
+  const int64_t rows = kCached / numbers / 32 * 32;
+  return rows < kFewest ? kFewest : rows < kMost ? rows : kMost;
+}
+
 // One call for so many rows of x that all they need fits the caches of a core or nearly so.
 bool run(const Weight& w, const Isa& isa, const Plan& plan, const void* x, int64_t rows,
          Activation activation, float scale, const Output& out, int threads) {
@@ -195,7 +204,7 @@ MW_EXPORT int mw_linear(const Weight* weight, const void* x, int64_t rows, const
   Output out{y, Dtype(options & 3), Dtype(options >> 2 & 3), bias, 1 + (options >> 6 & 1)};
   Plan plan;
   if (!isa || !make_plan(*weight, *isa, activation, &plan)) return 1;
-  constexpr int64_t kRows = 1024;
+  const int64_t kRows = rows_at_once(*isa, plan.padded * out.terms);
   const int64_t size = out.dtype == kF32 ? 4 : 2;
   for (int64_t r = 0; r < rows; r += kRows) {
     const int64_t count = rows - r < kRows ? rows - r : kRows;
