@@ -266,16 +266,24 @@ MW_TILES void store_sums(const TileJob& job, float sums[16][16], int64_t row, in
   __m512i rows[16];
   for (int i = 0; i < 16; ++i) rows[i] = _mm512_load_si512(sums[i]);
   transpose(rows);
-  __m512 bias = _mm512_setzero_ps();
-  if (last && job.bias) bias = _mm512_maskz_loadu_ps(mask, job.bias + n);
-  for (int64_t r = row; r < row + 16 && r < job.rows; ++r) {
-    float* partial = job.sums + r * outputs + n;
-    __m512 sum = _mm512_add_ps(__m512(rows[r - row]), bias);
-    if (adds) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, partial));
-    if (!last || job.dtype == kF32) _mm512_mask_storeu_ps(partial, mask, sum);
-    else
-      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(job.y) + r * outputs + n, mask,
-                               __m256i(_mm512_cvtneps_pbh(sum)));
+  const int64_t count = job.rows - row < kTileRows ? job.rows - row : kTileRows;
+  float* partial = job.sums + row * outputs + n;
+  if (adds)
+    for (int64_t r = 0; r < count; ++r) {
+      const __m512 before = _mm512_maskz_loadu_ps(mask, partial + r * outputs);
+      rows[r] = __m512i(_mm512_add_ps(__m512(rows[r]), before));
+    }
+  if (last && job.bias) {
+    const __m512 bias = _mm512_maskz_loadu_ps(mask, job.bias + n);
+    for (__m512i& sums : rows) sums = __m512i(_mm512_add_ps(__m512(sums), bias));
+  }
+  if (!last || job.dtype == kF32) {
+    for (int64_t r = 0; r < count; ++r)
+      _mm512_mask_storeu_ps(partial + r * outputs, mask, __m512(rows[r]));
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(job.y) + row * outputs + n;
+    for (int64_t r = 0; r < count; ++r)
+      _mm256_mask_storeu_epi16(to + r * outputs, mask, __m256i(_mm512_cvtneps_pbh(__m512(rows[r]))));
   }
 }
 
