@@ -376,8 +376,8 @@ class CompressConfig(ModeConfig):
     )
     fuse: bool = Field(
         default=True,
-        description="Run norms, gated activations and causal attention between packed layers by "
-        "the kernel library where it has kernels for them: in float32 on a CPU.",
+        description="Run norms, gated activations, causal attention and, for the next token, whole "
+        "blocks by the kernel library where it has kernels for them: in float32 on a CPU.",
     )
 
 
