@@ -74,6 +74,30 @@ def pruned(
     return modewright.apply_mode(result.model, "export_prune").eval()
 
 
+def shortened(model: nn.Module, digits: cnn.Digits, constraints: dict[str, str]) -> nn.Module:
+    """Drop the blocks that the network misses least, of those that leave the size of images."""
+    blocks = model.get_submodule("blocks").named_children()
+    same = [f"blocks.{name}" for name, block in blocks if not len(block.skip)]  # type: ignore[arg-type]
+    result = modewright.search(
+        model,
+        ("depth", {"targets": same}),
+        constraints,
+        dummy_input=torch.zeros(cnn.BATCH, 1, 28, 28),
+        calibration=digits.batches("train"),
+        score_func=lambda found: -cnn.loss(found, digits, "validation"),
+    )
+    print(result.best["dropped"])
+    return modewright.apply_mode(result.model, "export_prune").eval()
+
+
+def depth_and_width(mode: str, model: nn.Module, digits: cnn.Digits, divisor: int) -> nn.Module:
+    """Drop blocks until a batch takes 70 % of the time, then narrow what is left."""
+    whole = cnn.flops(model)
+    model = shortened(model, digits, {"latency": "70%"})
+    share = f"{50 * whole / cnn.flops(model):.3f}%"
+    return pruned(mode, model, digits, {"flops": share}, divisor)
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,6 +105,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("mode", nargs="?", choices=("fastnas", "gradnas", "autonas"))
     parser.add_argument("--latency", help="a bound on the latency too, such as 60%%")
+    parser.add_argument("--depth", action="store_true", help="drop blocks first")
     parser.add_argument("--divisor", type=int, default=4, help="what widths are multiples of")
     arguments = parser.parse_args()
     constraints = {"flops": "50%"}
@@ -89,12 +114,15 @@ def main() -> None:
     if arguments.verb == "prepare":
         prepare(arguments.folder)
     elif arguments.verb == "run":
-        row = cnn.measured(
-            f"modewright {arguments.mode}",
-            arguments.folder,
-            lambda m, digits: pruned(arguments.mode, m, digits, constraints, arguments.divisor),
-        )
-        print(json.dumps(row))
+        mode, divisor = arguments.mode, arguments.divisor
+
+        def prune(model: nn.Module, digits: cnn.Digits) -> nn.Module:
+            if arguments.depth:
+                return depth_and_width(mode, model, digits, divisor)
+            return pruned(mode, model, digits, constraints, divisor)
+
+        name = f"modewright {'depth, ' if arguments.depth else ''}{mode}"
+        print(json.dumps(cnn.measured(name, arguments.folder, prune)))
     else:
         from pruning_efficientnet import run
 
