@@ -212,3 +212,36 @@ def test_weights_that_do_not_fit_are_named() -> None:
 
     with pytest.raises(KernelError, match="groups of a weight do not fit"):
         block.next_token(x, cos, sin, lambda key, value: (key, value))
+
+
+def test_keys_of_other_texts_are_refused() -> None:
+    block = Parts("int8", {}, False).native("scalar")
+    x, (cos, sin) = numbers(2, 1, WIDTH), numbers(2, 1, 1, FEATURES, seed=6)
+
+    with pytest.raises(KernelError, match=r"expected keys and values \[2, 2, tokens, 32\]"):
+        block.next_token(x, cos, sin, lambda key, value: (key[:1], value[:1]))
+
+
+def test_what_a_cache_holds_otherwise_is_converted() -> None:
+    block = Parts("int8", {}, False).native("scalar")
+    x, (cos, sin) = numbers(2, 1, WIDTH), numbers(2, 1, 1, FEATURES, seed=6)
+    expected = block.next_token(x, cos, sin, lambda key, value: (key, value))
+    found = block.next_token(
+        *(x, cos, sin), lambda key, value: (key.double(), value.mT.contiguous().mT)
+    )
+
+    assert torch.equal(found, expected)
+
+
+def test_tensors_that_were_moved_are_found() -> None:
+    parts = Parts("int8", {}, True)
+    block = parts.native("scalar")
+    x, (cos, sin) = numbers(1, 1, WIDTH), numbers(2, 1, 1, FEATURES, seed=6)
+    expected = block.next_token(x, cos, sin, lambda key, value: (key, value))
+    for tensor in (*parts.norms, *parts.biases):
+        assert tensor is not None
+        moved = tensor.clone()
+        tensor.data.fill_(torch.nan)
+        tensor.data = moved
+
+    assert torch.equal(block.next_token(x, cos, sin, lambda key, value: (key, value)), expected)

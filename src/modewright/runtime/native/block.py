@@ -30,10 +30,7 @@ class BlockStruct(ctypes.Structure):
         ("acts", ctypes.c_int * len(WEIGHTS)),
         ("norms", ctypes.c_void_p * 2),
         ("eps", ctypes.c_float * 2),
-        *(
-            (n, ctypes.c_int64)
-            for n in ("texts", "width", "heads", "kv_heads", "features", "inner")
-        ),
+        *((n, ctypes.c_int64) for n in ("width", "heads", "kv_heads", "features", "inner")),
     )
 
 
@@ -66,22 +63,33 @@ class NativeBlock:
         loaded = weights[0].kernels.loaded
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._begin, self._end = loaded.mw_block_begin, loaded.mw_block_end
-        self._begin.argtypes = [*[pointer] * 4, size, *[pointer] * 3, number, number]
+        self._begin.argtypes = [pointer, pointer, size, pointer, pointer, size]
+        self._begin.argtypes += [pointer, pointer, pointer, number, number]
         self._end.argtypes = [*[pointer] * 4, number, number]
         self._place = BEST if isa is None else ISAS.index(isa)
         self._kept = (weights, biases, norms)
-        self._scaling, self.features = scaling, features
+        self._places: list[int | None] = []
+        self._scaling, self.features, self.width = scaling, features, weights[0].columns
         self.heads, self.kv_heads = (weight.rows // features for weight in weights[:2])
-        self._struct = BlockStruct(eps=eps, width=weights[0].columns, inner=weights[4].rows)
+        self._struct = BlockStruct(eps=eps, width=self.width, inner=weights[4].rows)
         self._struct.features, self._struct.heads = features, self.heads
         self._struct.kv_heads = self.kv_heads
         self._struct.weights[:] = [weight.address for weight in weights]
-        self._struct.biases[:] = [None if bias is None else bias.data_ptr() for bias in biases]
         self._struct.acts[:] = [ACTIVATIONS[act] for act, _ in inputs]
         scales = [1.0 if scale is None else float(scale) for _, scale in inputs]
         self._struct.act_scales[:] = scales
-        self._struct.norms[:] = [norm.data_ptr() for norm in norms]
         self._address = ctypes.addressof(self._struct)
+        self._locate()
+
+    def _locate(self) -> None:
+        """Take the addresses anew that were changed: sharing a model's memory moves tensors."""
+        weights, biases, norms = self._kept
+        for weight in weights:
+            weight.update()
+        places = [None if tensor is None else tensor.data_ptr() for tensor in (*biases, *norms)]
+        if places != self._places:
+            self._places = places
+            self._struct.biases[:], self._struct.norms[:] = places[:-2], places[-2:]
 
     def next_token(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, update: _Update
@@ -100,24 +108,27 @@ class NativeBlock:
             ``[texts, 1, width]``.
 
         Raises:
-            KernelError: Memory ran out.
+            KernelError: Memory ran out, or the keys and values are not those of the texts.
         """
         texts, threads = len(x), torch.get_num_threads()
         heads, kv_heads, features = self.heads, self.kv_heads, self.features
-        self._struct.texts = texts
-        for weight in self._kept[0]:
-            weight.update()
+        self._locate()
         query = x.new_empty(texts, heads, features)
         key = x.new_empty(texts, kv_heads, 1, features)
         value = x.new_empty(texts, kv_heads, 1, features)
         failed = self._begin(
-            *(self._address, x.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+            *(self._address, x.data_ptr(), texts, cos.data_ptr(), sin.data_ptr()),
             features if len(cos) > 1 else 0,
             *(query.data_ptr(), key.data_ptr(), value.data_ptr(), self._place, threads),
         )
         if failed:
             raise _failure(failed)
-        keys, values = update(key, value)
+        keys, values = map(_plain, update(key, value))
+        if keys.shape != values.shape or keys[:, :, 0].shape != (texts, kv_heads, features):
+            raise KernelError(
+                f"expected keys and values [{texts}, {kv_heads}, tokens, {features}] of the cache; "
+                f"received {list(keys.shape)} and {list(values.shape)}."
+            )
         attention = AttentionStruct(
             *(query.data_ptr(), keys.data_ptr(), values.data_ptr(), None, None),
             *(texts, heads, kv_heads, keys.shape[2], features),
@@ -134,6 +145,13 @@ class NativeBlock:
         if failed:
             raise _failure(failed)
         return result
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a cache holds in float32, features side by side."""
+    if tensor.dtype is torch.float32 and tensor.stride(-1) == 1:
+        return tensor
+    return tensor.float().contiguous()
 
 
 def _failure(code: int) -> KernelError:

@@ -212,6 +212,17 @@ def test_blocks_are_recorded_and_restored(tokens: list[int]) -> None:
     assert tokens
 
 
+def test_a_part_that_was_exchanged_runs_by_itself(tokens: list[int]) -> None:
+    model, prompt = packed(llama()), windows()[0][:, :10]
+    steps(model, prompt)
+    tokens.clear()
+    for layer in model.model.layers:
+        layer.mlp = nn.Identity()
+    steps(model, prompt)
+
+    assert tokens == []
+
+
 def test_generation_chooses_the_same_tokens(tokens: list[int]) -> None:
     model = packed(llama())
     texts = []

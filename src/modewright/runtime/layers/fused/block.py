@@ -62,37 +62,27 @@ class FusedBlock(FusedLayer):
         if given.get("attention_mask") is not None or given.get("output_attentions"):
             return None
         attention: dict[str, Any] = cast(nn.Module, self._modules["self_attn"]).__dict__
-        if attention["config"]._attn_implementation != "sdpa" or self._is_watched():
+        config, inner = attention.get("config"), self._inner()
+        if getattr(config, "_attn_implementation", "") != "sdpa" or _is_watched(inner):
             return None
         if kernels_for(x, cos, sin) is None or torch.is_autocast_enabled("cpu"):
             return None
-        block = self._native()
-        if block is None or not x.is_contiguous():
+        block = self._native(inner)
+        if block is None or not x.is_contiguous() or x.shape[2] != block.width:
             return None
         if not all(_of_one_token(turn, len(x), block.features) for turn in (cos, sin)):
             return None
         place = attention["layer_idx"]
         return block.next_token(x, cos, sin, lambda key, value: cache.update(key, value, place))
 
-    def _is_watched(self) -> bool:
-        """Whether somebody wants to see what is inside, or changed it."""
-        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-            return True
-        return any(
-            layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
-            for layer in self._inner()
-        )
-
-    def _inner(self) -> tuple[nn.Module, ...]:
+    def _inner(self) -> tuple[Any, ...]:
         """Return the layers inside: the parts, and those that multiply, as :data:`WEIGHTS`."""
         parts: dict[str, Any] = self._modules
-        attention, mlp = parts["self_attn"]._modules, parts["mlp"]._modules
-        multiply = [attention.get(name) or mlp[name] for name in WEIGHTS]
-        return (*(parts[name] for name in _PARTS), *multiply)
+        multiply = {**parts["self_attn"]._modules, **parts["mlp"]._modules}
+        return (*(parts[name] for name in _PARTS), *map(multiply.get, WEIGHTS))
 
-    def _native(self) -> NativeBlock | None:
+    def _native(self, inner: tuple[Any, ...]) -> NativeBlock | None:
         """Return the block as the kernels have it, made anew when a tensor was replaced."""
-        inner: tuple[Any, ...] = self._inner()
         norms, layers = (inner[0], inner[2]), inner[len(_PARTS) :]
         tensors = [norm._parameters["weight"] for norm in norms]
         for layer in layers:
@@ -147,6 +137,19 @@ class _Kept:
 
     def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
         return _Kept, ()
+
+
+def _is_watched(layers: tuple[Any, ...]) -> bool:
+    """Whether somebody wants to see what is inside a block, or changed it."""
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return True
+    return any(
+        layer is None
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or "forward" in layer.__dict__
+        for layer in layers
+    )
 
 
 def _is_float(tensor: torch.Tensor) -> bool:

@@ -48,7 +48,7 @@ MW_TILES void arrange_tiles(const TileJob& job, int64_t first, int64_t last) {
 }
 
 // How codes become numbers: of up to 6 bits by a table of what a group has, scaled, if groups are
-// whole tiles; by a table of 16 before scales; 8 bits as they are; fp8.
+// whole tiles; of 4 bits by two tables for the halves of a tile; whole numbers of 8 bits; fp8.
 enum Codes { kLookedUp, kFine, kWhole, kFloating };
 
 // Scaled numbers of one weight as bfloat16, 32 at a time.
@@ -183,8 +183,8 @@ struct TileScales {
 
 // Unpacks inputs `begin` to `end` of 16 outputs into tiles, one or two at a time.
 template <Codes CODES, int BITS>
-MW_TILES void unpack_tiles(const TileUnpacker<CODES, BITS>& unpacker, int64_t n, int64_t begin, int64_t end,
-                           const TileScales& at, uint16_t* to) {
+MW_TILES void unpack_tiles(const TileUnpacker<CODES, BITS>& unpacker, int64_t n, int64_t begin,
+                           int64_t end, const TileScales& at, uint16_t* to) {
   const Weight& w = unpacker.w;
   const int64_t group = groups_of(w) == 1 ? INT64_MAX / 2 : w.group;
   const int64_t step = CODES == kLookedUp ? 2 * kTileInputs : kTileInputs;
@@ -290,7 +290,7 @@ MW_TILES void store_sums(const TileJob& job, float sums[16][16], int64_t row, in
 // What the product of some outputs works in.
 struct TileRoom {
   char* memory;
-  uint16_t* panel;         // two times 16 outputs
+  uint16_t* panel;           // two times 16 outputs
   float (*sums)[4][16][16];  // of blocks of rows
   TileScales scales[2];
 
@@ -322,8 +322,8 @@ inline void fetch_rows(const Weight& w, int64_t n, int64_t last, int64_t begin, 
 // 32 outputs by the blocks of rows from `block` on, over the inputs of one chunk.
 template <Codes CODES, int BITS>
 MW_TILES void multiply_panel(const TileJob& job, const TilePlan& plan,
-                             const TileUnpacker<CODES, BITS>& unpacker, const TileRoom& room, int64_t n,
-                             int64_t chunk, int64_t block) {
+                             const TileUnpacker<CODES, BITS>& unpacker, const TileRoom& room,
+                             int64_t n, int64_t chunk, int64_t block) {
   const Weight& w = *job.weight;
   const int64_t end = block + plan.taken < plan.blocks ? block + plan.taken : plan.blocks;
   const int64_t begin = chunk * plan.tiles * kTileInputs;
@@ -347,9 +347,10 @@ MW_TILES void multiply_panel(const TileJob& job, const TilePlan& plan,
       for (int at = 0; ends && at < 2 + 2 * high; ++at)
         store_sums(job, sums[at], row + at / 2 * kTileRows, n + at % 2 * kTileRows, chunk > 0,
                    chunk + 1 == plan.chunks);
-      const int64_t line = (b - block) * 32 / (end - block), next = (b + 1 - block) * 32 / (end - block);
-      const int64_t following = ends ? n + 32 : n, start = ends ? begin : all;
-      fetch_rows(w, following + line, following + next, start, start + plan.part * kTileInputs);
+      const int64_t first = (b - block) * 32 / (end - block);  // of what is unpacked next
+      const int64_t last = (b + 1 - block) * 32 / (end - block);
+      const int64_t next = ends ? n + 32 : n, start = ends ? begin : all;
+      fetch_rows(w, next + first, next + last, start, start + plan.part * kTileInputs);
     }
   }
 }

@@ -11,10 +11,11 @@ namespace {
 
 constexpr int kNoBias = kNone << 2;
 
-int multiply(const Block& b, BlockWeight which, const float* x, float* y, int options) {
+int multiply(const Block& b, BlockWeight which, const float* x, int64_t texts, float* y,
+             int options) {
   const float* bias = b.biases[which];
   options |= b.acts[which] << 4 | (bias ? 0 : kNoBias);
-  return mw_linear(b.weights[which], x, b.texts, bias, y, b.act_scales[which], options);
+  return mw_linear(b.weights[which], x, texts, bias, y, b.act_scales[which], options);
 }
 
 void add(const float* x, int64_t count, float* y) {
@@ -38,18 +39,18 @@ extern "C" {
 
 // Query, key and value of x, turned: x: [texts][width]; cos and sin: [features], `stride` floats
 // further for the next text. Returns what mw_linear does.
-MW_EXPORT int mw_block_begin(const Block* block, const float* x, const float* cos, const float* sin,
-                             int64_t stride, float* query, float* key, float* value, int place,
-                             int threads) {
+MW_EXPORT int mw_block_begin(const Block* block, const float* x, int64_t texts, const float* cos,
+                             const float* sin, int64_t stride, float* query, float* key,
+                             float* value, int place, int threads) {
   const Block& b = *block;
   const int options = place << 7 | threads << 9;
-  const Room normed(b.texts * b.width);
+  const Room normed(texts * b.width);
   if (!normed.at) return 2;
-  mw_rms_norm(x, b.norms[0], normed.at, b.texts, b.width, b.eps[0], place, threads);
-  if (const int failed = multiply(b, kQuery, normed.at, query, options)) return failed;
-  if (const int failed = multiply(b, kKey, normed.at, key, options)) return failed;
-  if (const int failed = multiply(b, kValue, normed.at, value, options)) return failed;
-  mw_rotate(query, key, cos, sin, b.texts, b.heads, b.kv_heads, b.features, stride, place);
+  mw_rms_norm(x, b.norms[0], normed.at, texts, b.width, b.eps[0], place, threads);
+  if (const int failed = multiply(b, kQuery, normed.at, texts, query, options)) return failed;
+  if (const int failed = multiply(b, kKey, normed.at, texts, key, options)) return failed;
+  if (const int failed = multiply(b, kValue, normed.at, texts, value, options)) return failed;
+  mw_rotate(query, key, cos, sin, texts, b.heads, b.kv_heads, b.features, stride, place);
   return 0;
 }
 
@@ -57,22 +58,23 @@ MW_EXPORT int mw_block_begin(const Block* block, const float* x, const float* co
 MW_EXPORT int mw_block_end(const Block* block, const float* x, Attention* attention, float* y,
                            int place, int threads) {
   const Block& b = *block;
+  const int64_t texts = attention->batches;
   const int options = place << 7 | threads << 9;
-  const int64_t size = b.texts * b.width, inner = b.texts * b.inner;
-  const int64_t seen_size = b.texts * b.heads * b.features;
+  const int64_t size = texts * b.width, inner = texts * b.inner;
+  const int64_t seen_size = texts * b.heads * b.features;
   const Room room(2 * size + 2 * inner + seen_size);
   if (!room.at) return 2;
   float *hidden = room.at, *normed = hidden + size, *gate = normed + size, *up = gate + inner;
   float* seen = up + inner;
   attention->out = seen;
   if (const int failed = mw_attend_next(attention, place, threads)) return failed;
-  if (const int failed = multiply(b, kOutput, seen, hidden, options)) return failed;
+  if (const int failed = multiply(b, kOutput, seen, texts, hidden, options)) return failed;
   add(x, size, hidden);
-  mw_rms_norm(hidden, b.norms[1], normed, b.texts, b.width, b.eps[1], place, threads);
-  if (const int failed = multiply(b, kGate, normed, gate, options)) return failed;
-  if (const int failed = multiply(b, kUp, normed, up, options)) return failed;
+  mw_rms_norm(hidden, b.norms[1], normed, texts, b.width, b.eps[1], place, threads);
+  if (const int failed = multiply(b, kGate, normed, texts, gate, options)) return failed;
+  if (const int failed = multiply(b, kUp, normed, texts, up, options)) return failed;
   mw_silu_gate(gate, up, inner, place, threads);
-  if (const int failed = multiply(b, kDown, gate, y, options)) return failed;
+  if (const int failed = multiply(b, kDown, gate, texts, y, options)) return failed;
   add(hidden, size, y);
   return 0;
 }

@@ -17,7 +17,7 @@ struct Block {
   int32_t acts[kBlockWeights];         // Activation
   const float* norms[2];               // of attention, and of what follows
   float eps[2];
-  int64_t texts, width, heads, kv_heads, features, inner;
+  int64_t width, heads, kv_heads, features, inner;
 };
 
 }  // namespace mw
