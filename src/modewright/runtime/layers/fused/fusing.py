@@ -13,11 +13,13 @@ from torch import nn
 
 from modewright.errors import CheckpointError
 from modewright.runtime.backends.choice import using
+from modewright.runtime.layers.base import PackedLayer
 from modewright.runtime.layers.fused import attention, block, pointwise
 from modewright.runtime.layers.fused.base import FusedLayer, own_class
 
 _PROBE_ROWS = 3
 _TOLERANCE = 1e-5  # part of the norm of what is expected
+_TOLERANCE_QUANTIZED = 5e-3  # the same where inputs are rounded, now and then to another number
 _Computes = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
@@ -124,10 +126,17 @@ def _is_of_kind(layer: nn.Module, kind: _Kind) -> bool:
     try:
         with torch.no_grad(), using("portable"):  # others round inputs, not always alike
             found, expected = kind.run(layer, x), kind.formula(layer, x)
-            alike = found.shape == expected.shape
-            return alike and bool((found - expected).norm() <= _TOLERANCE * expected.norm())
+            if found.shape != expected.shape:
+                return False
+            return bool((found - expected).norm() <= _tolerance(layer) * expected.norm())
     except (TypeError, RuntimeError):  # other arguments, another dtype
         return False
+
+
+def _tolerance(layer: nn.Module) -> float:
+    packed = [part for part in layer.modules() if isinstance(part, PackedLayer)]
+    rounds = any(part.record.activations for part in packed)
+    return _TOLERANCE_QUANTIZED if rounds else _TOLERANCE
 
 
 def _change_class(layer: nn.Module, kind: type[FusedLayer]) -> None:
