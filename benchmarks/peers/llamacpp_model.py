@@ -5,8 +5,9 @@
     python benchmarks/peers/llamacpp_model.py FILE.gguf [--repeats 5]
 
 One thread; seconds of the processor; the median, and the shortest. A prompt of 64 tokens is
-continued by 8 tokens, and one of 512 is read. Weights stay in the file's order: rearranged for AMX,
-llama-cpp-python 0.3.36 crashes on the demo model.
+continued by 8 tokens, and one of 512 is read. Built for AMX, llama-cpp-python 0.3.36 crashes on
+weights that it rearranged: build it without (``CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON
+-DGGML_AVX512_VNNI=ON ..."``), or give ``--as-in-the-file``.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--as-in-the-file", action="store_true", help="do not rearrange weights")
     options = parser.parse_args()
     library = llama_cpp.llama_cpp
-    library.llama_model_default_params = as_in_the_file(library.llama_model_default_params)
+    if options.as_in_the_file:
+        library.llama_model_default_params = as_in_the_file(library.llama_model_default_params)
     model = llama_cpp.Llama(
         options.file, n_ctx=1024, n_batch=LENGTH, n_threads=1, n_threads_batch=1, verbose=False
     )

@@ -68,7 +68,8 @@ class NativeBlock:
         self._end.argtypes = [*[pointer] * 4, number, number]
         self._place = BEST if isa is None else ISAS.index(isa)
         self._kept = (weights, biases, norms)
-        self._places: list[int | None] = []
+        self._pointed = [tensor for tensor in (*norms, *biases) if tensor is not None]
+        self._places: list[int] = []
         self._scaling, self.features, self.width = scaling, features, weights[0].columns
         self.heads, self.kv_heads = (weight.rows // features for weight in weights[:2])
         self._struct = BlockStruct(eps=eps, width=self.width, inner=weights[4].rows)
@@ -86,10 +87,11 @@ class NativeBlock:
         weights, biases, norms = self._kept
         for weight in weights:
             weight.update()
-        places = [None if tensor is None else tensor.data_ptr() for tensor in (*biases, *norms)]
+        places = [tensor.data_ptr() for tensor in self._pointed]
         if places != self._places:
             self._places = places
-            self._struct.biases[:], self._struct.norms[:] = places[:-2], places[-2:]
+            self._struct.biases[:] = [None if bias is None else bias.data_ptr() for bias in biases]
+            self._struct.norms[:] = [norm.data_ptr() for norm in norms]
 
     def next_token(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, update: _Update
@@ -124,7 +126,8 @@ class NativeBlock:
         if failed:
             raise _failure(failed)
         keys, values = map(_plain, update(key, value))
-        if keys.shape != values.shape or keys[:, :, 0].shape != (texts, kv_heads, features):
+        shape = keys.shape
+        if shape != values.shape or shape[:2] != (texts, kv_heads) or shape[3:] != (features,):
             raise KernelError(
                 f"expected keys and values [{texts}, {kv_heads}, tokens, {features}] of the cache; "
                 f"received {list(keys.shape)} and {list(values.shape)}."
