@@ -105,6 +105,12 @@ def test_more_rows_than_are_taken_at_a_time() -> None:
 
 
 @needs_tiles
+@pytest.mark.parametrize("rows", [16, 32, 33, 96])
+def test_outputs_of_one_panel_are_added_to_by_later_inputs(rows: int) -> None:
+    check(random_weight("int4", 32, 6400, **group(64)), numbers(rows, 6400), numbers(32, seed=2))
+
+
+@needs_tiles
 @each_kind
 def test_each_code_stands_for_its_number(kind: tuple[str, dict[str, Any]]) -> None:
     weight = random_weight(kind[0], 48, 192, **kind[1])
@@ -152,7 +158,8 @@ def test_any_number_of_threads_gives_the_same() -> None:
         ("uint4", group(40), None, 512, "groups of 40"),
         ("int4", group(128), None, 512, "groups of 128 are multiplied faster in int8"),
         ("uint4", group(64), "int8_token", 512, "int8 activations"),
-        ("uint4", group(64), None, 128, "more than 128 rows"),
+        ("uint8", group(64), None, 128, "more than 128 rows"),
+        ("uint4", group(64), None, 32, "more than 32 rows"),
         ("fp4_e2m1", group(16, **E4M3), None, 32, "more than 32 rows"),
         ("nf4", group(64), None, 8, "more than 8 rows"),
         ("nf4", group(64), None, 9, None),

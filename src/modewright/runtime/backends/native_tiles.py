@@ -31,6 +31,8 @@ from modewright.runtime.packed_weight import PackedWeight
 
 _LONG, _WIDE = 128, 1024  # inputs of a group, and of all, from which int8 products are faster
 _SHORT = 64  # inputs of a group, below which they are slow
+_AT_ONCE = 2048  # inputs that are unpacked at a time; codes of up to 6 bits are looked up, which is fast
+_LOOKED_UP = 6
 
 
 class NativeTiles(Backend):
@@ -101,7 +103,8 @@ def least_rows(spec: PackedSpec) -> int:
     """Return up to how many rows another kernel is faster."""
     if format_problem(spec) is not None:
         return FEW_ROWS
-    return SOME_ROWS if spec.tile[1] < _SHORT else MORE_ROWS
+    unpacks_fast = spec.num_bits <= _LOOKED_UP and spec.shape[1] <= _AT_ONCE
+    return SOME_ROWS if spec.tile[1] < _SHORT or unpacks_fast else MORE_ROWS
 
 
 def _has_long_groups(spec: PackedSpec) -> bool:

@@ -3,6 +3,7 @@
 // is: 16 outputs by 64 inputs. 32 rows and 32 outputs at a time are multiplied in tiles.
 #pragma once
 #include "avx512_panel.h"
+#include "floats.h"
 
 // Compilers that know AMX; it takes Linux to be allowed to use it.
 #if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
@@ -56,11 +57,6 @@ MW_AMX inline void shape_tiles(int64_t rows) {
   _tile_loadconfig(&shapes);
 }
 
-struct AmxSums {
-  alignas(64) int32_t sums[2][2 * kAmxRows][kLanes];
-  alignas(64) float totals[2][2 * kAmxRows][kLanes];
-};
-
 // Registers a and b in turns, 32 bits at a time.
 inline void in_turns(__m512i& a, __m512i& b) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -103,46 +99,76 @@ inline void interleave_rows(const Job& job) {
     job.tile_offsets[i] = -job.weight->zero * job.sums[i];
 }
 
-// Adds the sums of an entry to the totals, as numbers; the last one goes to the output instead.
+using EntrySums = int32_t[2][2 * kAmxRows][kLanes];  // of two panels by 32 rows
+using EntryTotals = float[2][2 * kAmxRows][kLanes];
+
+// The sums of an entry on their way to the totals, as numbers, and from the last entry to the output:
+// some rows at each step of the next entry's products. Little may be done there: what is multiplied
+// has to be seen by the processor long before.
 template <bool TWO, bool SHIFTS>
-void add_entry(const Job& job, const Panel* panels, int64_t row, int64_t rows, int64_t n, int64_t e,
-               AmxSums& at) {
-  const int64_t entries = job.plan.entries, outputs = job.weight->n;
-  const bool adds = e > 0, ends = e + 1 == entries;
-  float* out = job.out + row * outputs + n;
-  constexpr int kPanels = 1 + TWO;
-  __m512 scale[kPanels];
-  __m512i shift[kPanels];
-  for (int c = 0; c < kPanels; ++c) {
-    scale[c] = _mm512_loadu_ps(panels[c].scales + e * kLanes);
-    if (SHIFTS) shift[c] = _mm512_loadu_si512(panels[c].shifts + e * kLanes);
-  }
-  const float* own = job.scales + row * entries + e;
-  const int32_t* offset = job.tile_offsets + row * entries + e;
-  const int32_t* of_codes = job.sums + row * entries + e;
-  const __mmask16 there[2] = {first_lanes(outputs - n), TWO ? first_lanes(outputs - n - kLanes) : 0};
-  for (int64_t r = 0; r < rows; ++r, own += entries, offset += entries, of_codes += entries) {
-    const __m512 of_row = _mm512_set1_ps(*own);
-    const __m512i zeros = _mm512_set1_epi32(*offset);
+struct EntryResults {
+  static constexpr int kPanels = 1 + TWO;
+  static constexpr int64_t kMostRows = 4;
+
+  const EntrySums* sums = nullptr;
+  EntryTotals* totals = nullptr;
+  float* out = nullptr;
+  const float* of_rows = nullptr;  // scales
+  const int32_t *offsets = nullptr, *of_codes = nullptr;
+  int64_t row = 0, rows = 0, entries = 0, outputs = 0;
+  bool adds = false, ends = false;
+  __mmask16 there[kPanels] = {};
+  __m512 scale[kPanels] = {};
+  __m512i shift[kPanels] = {};
+
+  void begin(const Job& job, const Panel* panels, int64_t first, int64_t count, int64_t n,
+             int64_t e, const EntrySums& from) {
+    entries = job.plan.entries;
+    outputs = job.weight->n;
+    sums = &from;
+    out = job.out + first * outputs + n;
+    of_rows = job.scales + first * entries + e;
+    offsets = job.tile_offsets + first * entries + e;
+    of_codes = job.sums + first * entries + e;
+    row = 0;
+    rows = count;
+    adds = e > 0;
+    ends = e + 1 == entries;
     for (int c = 0; c < kPanels; ++c) {
-      __m512i sum = _mm512_add_epi32(_mm512_load_si512(at.sums[c][r]), zeros);
-      if (SHIFTS) {
-        const __m512i codes = _mm512_set1_epi32(*of_codes);
-        sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(codes, shift[c]));
-      }
-      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), of_row);
-      const __m512 total = adds ? _mm512_load_ps(at.totals[c][r]) : _mm512_setzero_ps();
-      const __m512 result = _mm512_fmadd_ps(product, scale[c], total);
-      if (ends) _mm512_mask_storeu_ps(out + r * outputs + c * kLanes, there[c], result);
-      else _mm512_store_ps(at.totals[c][r], result);
+      const int64_t left = outputs - n - c * kLanes;
+      there[c] = left > 0 ? first_lanes(left) : __mmask16(0);
+      scale[c] = _mm512_loadu_ps(panels[c].scales + e * kLanes);
+      if (SHIFTS) shift[c] = _mm512_loadu_si512(panels[c].shifts + e * kLanes);
     }
   }
-}
 
-template <bool HIGH, bool TWO>
-MW_AMX void multiply_entry(const int8_t* low, const int8_t* high, int64_t rows,
+  MW_INLINE void step(int64_t most) {
+    for (const int64_t stop = row + most < rows ? row + most : rows; row < stop; ++row) {
+      const __m512 of_row = _mm512_set1_ps(*of_rows);
+      const __m512i zeros = _mm512_set1_epi32(*offsets);
+      for (int c = 0; c < kPanels; ++c) {
+        __m512i sum = _mm512_add_epi32(_mm512_load_si512((*sums)[c][row]), zeros);
+        if (SHIFTS) {
+          const __m512i codes = _mm512_set1_epi32(*of_codes);
+          sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(codes, shift[c]));
+        }
+        __m512 result = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), of_row), scale[c]);
+        if (adds) result = _mm512_add_ps(result, _mm512_load_ps((*totals)[c][row]));
+        if (ends) _mm512_mask_storeu_ps(out + c * kLanes, there[c], result);
+        else _mm512_store_ps((*totals)[c][row], result);
+      }
+      of_rows += entries;
+      offsets += entries;
+      of_codes += entries;
+      out += outputs;
+    }
+  }
+};
+
+template <bool HIGH, bool TWO, class RESULTS>
+MW_AMX MW_INLINE void multiply_entry(const int8_t* low, const int8_t* high, int64_t rows,
                            const uint8_t* first, const uint8_t* second, int64_t chunks,
-                           AmxSums& to) {
+                           EntrySums& to, RESULTS& before, int64_t share) {
   _tile_zero(0);
   if (HIGH) _tile_zero(1);
   if (TWO) _tile_zero(2);
@@ -159,34 +185,44 @@ MW_AMX void multiply_entry(const int8_t* low, const int8_t* high, int64_t rows,
     if (HIGH && TWO) _tile_dpbsud(3, 5, 7);
     first += kBytes * kLanes;
     second += kBytes * kLanes;
+    before.step(share);
   }
-  _tile_stored(0, to.sums[0], kBytes);
-  if (HIGH) _tile_stored(1, to.sums[0][kAmxRows], kBytes);
-  if (TWO) _tile_stored(2, to.sums[1], kBytes);
-  if (HIGH && TWO) _tile_stored(3, to.sums[1][kAmxRows], kBytes);
+  _tile_stored(0, to[0], kBytes);
+  if (HIGH) _tile_stored(1, to[0][kAmxRows], kBytes);
+  if (TWO) _tile_stored(2, to[1], kBytes);
+  if (HIGH && TWO) _tile_stored(3, to[1][kAmxRows], kBytes);
 }
 
 template <bool TWO, bool SHIFTS>
 MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n) {
+  using Results = EntryResults<TWO, SHIFTS>;
   const Plan& p = job.plan;
-  const int64_t chunks = p.entry / kBytes;
-  AmxSums at;
+  const int64_t chunks = p.entry / kBytes, share = (2 * kAmxRows + chunks - 1) / chunks;
+  alignas(64) EntrySums sums[2];
+  alignas(64) EntryTotals totals;
+  Results before;
+  before.totals = &totals;
   int64_t shaped = 0;
+  int turn = 0;
   for (int64_t row = 0; row < job.rows; row += 2 * kAmxRows) {
     const int64_t left = job.rows - row, rows = left < 2 * kAmxRows ? left : 2 * kAmxRows;
     if (rows != shaped) shape_tiles(rows);
     shaped = rows;
-    for (int64_t e = 0; e < p.entries; ++e) {
+    for (int64_t e = 0; e < p.entries; ++e, turn = 1 - turn) {
       const int64_t low = rows < kAmxRows ? rows : kAmxRows;
       const int8_t* x = job.tiles + tile_at(row, low, e * chunks, p.padded);
       const int8_t* high = job.tiles + tile_at(row + kAmxRows, rows - low, e * chunks, p.padded);
       const uint8_t* first = panels[0].codes + e * p.entry * kLanes;
       const uint8_t* second = panels[TWO].codes + e * p.entry * kLanes;
-      rows > kAmxRows ? multiply_entry<true, TWO>(x, high, rows, first, second, chunks, at)
-                      : multiply_entry<false, TWO>(x, x, rows, first, second, chunks, at);
-      add_entry<TWO, SHIFTS>(job, panels, row, rows, n, e, at);
+      if (rows > kAmxRows)
+        multiply_entry<true, TWO>(x, high, rows, first, second, chunks, sums[turn], before, share);
+      else
+        multiply_entry<false, TWO>(x, x, rows, first, second, chunks, sums[turn], before, share);
+      before.begin(job, panels, row, rows, n, e, sums[turn]);
+      if (share > Results::kMostRows) before.step(2 * kAmxRows);
     }
   }
+  before.step(2 * kAmxRows);
 }
 
 // As tiles() of avx512_panel.h does it.

@@ -70,21 +70,20 @@ struct Job {
 constexpr int64_t kTile = 512;       // bfloat16 numbers of a tile
 constexpr int64_t kTileInputs = 32;  // that lie side by side in it
 constexpr int64_t kTileRows = 16;
+constexpr int64_t kPanelOutputs = 32;  // that are unpacked at a time
 
 // How a product in tiles is cut, so that what is multiplied stays in the caches.
 struct TilePlan {
   int64_t tiles;   // of inputs in a chunk: 2048 of them at most
   int64_t chunks;
-  int64_t part;    // tiles of a chunk that are unpacked at a time: 32 outputs of 640 inputs at most
   int64_t blocks;  // of 32 rows
   int64_t taken;   // of them, multiplied by one unpacking: a megabyte of x at most
 
   TilePlan(int64_t rows, int64_t k) {
-    constexpr int64_t kMostTiles = 64, kMostPart = 20, kMostOfX = 1024;
+    constexpr int64_t kMostTiles = 64, kMostOfX = 1024;
     const int64_t all = parts(k, kTileInputs);
     chunks = parts(all, kMostTiles);
     tiles = parts(all, chunks);
-    part = parts(tiles, parts(tiles, kMostPart));
     blocks = parts(rows, 2 * kTileRows);
     taken = parts(blocks, parts(2 * blocks * tiles, kMostOfX));
   }
