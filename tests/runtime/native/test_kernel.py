@@ -128,6 +128,25 @@ def test_integers_times_integers_are_exact(rows: int, isa: str) -> None:
 
 
 @each_isa
+@given(data=st.data())
+def test_activations_become_the_codes_that_division_gives(isa: str, data: st.DataObject) -> None:
+    weight = random_weight("int8", 64, 64)
+    codes = torch.eye(64, dtype=torch.uint8)
+    one = PackedWeight.from_codes(weight.spec, codes, torch.ones_like(weight.scale), None, None)
+    bits = data.draw(st.integers(0x00800000, 0x7F7FFFFF))  # of any normal number
+    unit = torch.tensor([[bits]], dtype=torch.int32).view(torch.float32)
+    halves = torch.randint(-300, 300, (20, 64), generator=torch.Generator().manual_seed(bits)) / 2
+    x = halves * unit  # ties, and what is next to them
+    x = torch.nextafter(x, x + unit * torch.randint(-1, 2, x.shape))
+    x = x.clamp(torch.finfo().min, torch.finfo().max)
+    expected = (x / unit).round().clamp(-128, 127)
+
+    y = run(one, x, None, "int8_tensor", unit, isa=isa)
+
+    assert torch.equal(y, expected * unit)
+
+
+@each_isa
 @pytest.mark.parametrize("rows", [15, 16, 17, 31, 32, 33, 64, 77])
 @pytest.mark.parametrize("fields", [group(64), group(128), {}], ids=["group 64", "128", "channel"])
 @pytest.mark.parametrize("fmt", ["int4", "uint4", "uint2", "int3", "int8", "uint8"])

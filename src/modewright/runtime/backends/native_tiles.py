@@ -31,8 +31,8 @@ from modewright.runtime.packed_weight import PackedWeight
 
 _LONG, _WIDE = 128, 1024  # inputs of a group, and of all, from which int8 products are faster
 _SHORT = 64  # inputs of a group, below which they are slow
-_AT_ONCE = 2048  # inputs that are unpacked at a time; codes of up to 6 bits are looked up, which is fast
-_LOOKED_UP = 6
+_AT_ONCE = 2048  # inputs that are unpacked at a time
+_LOOKED_UP = 6  # bits of a code, up to which unpacking is a look-up, and fast
 
 
 class NativeTiles(Backend):

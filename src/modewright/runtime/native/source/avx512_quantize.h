@@ -83,7 +83,7 @@ struct Divider {
   bool divides;
 
   explicit Divider(float by) : unit(_mm512_set1_ps(by)), inverse(_mm512_set1_ps(1.0f / by)) {
-    divides = !(1.0f / by >= FLT_MIN);  // too large a unit, or none
+    divides = !(by >= 1e-25f && by <= 1e25f);  // what is left over could underflow
   }
 
   __m512 operator()(__m512 value) const {
