@@ -7,8 +7,9 @@
     python benchmarks/peers/onnxruntime_model.py FOLDER [--repeats 5]
 
 The builder writes ``MatMulNBits`` with int8 arithmetic, grouped attention, and one int4 table for
-embedding and head, the fastest that ONNX Runtime has for a CPU. One thread; seconds of the processor;
-the median, and the shortest. A prompt of 64 tokens is continued by 8 tokens, and one of 512 is read.
+embedding and head, the fastest that ONNX Runtime has for a CPU. One thread; seconds of the
+processor; the median, and the shortest. A prompt of 64 tokens is continued by 8, and one of 512 is
+read.
 """
 
 from __future__ import annotations
