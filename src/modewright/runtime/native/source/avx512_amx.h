@@ -102,9 +102,9 @@ inline void interleave_rows(const Job& job) {
 using EntrySums = int32_t[2][2 * kAmxRows][kLanes];  // of two panels by 32 rows
 using EntryTotals = float[2][2 * kAmxRows][kLanes];
 
-// The sums of an entry on their way to the totals, as numbers, and from the last entry to the output:
-// some rows at each step of the next entry's products. Little may be done there: what is multiplied
-// has to be seen by the processor long before.
+// The sums of an entry on their way to the totals, as numbers, and from the last entry to the
+// output: some rows at each step of the next entry's products, if it has many. More than a few would
+// keep the processor from seeing in time what is multiplied.
 template <bool TWO, bool SHIFTS>
 struct EntryResults {
   static constexpr int kPanels = 1 + TWO;
@@ -152,8 +152,9 @@ struct EntryResults {
           const __m512i codes = _mm512_set1_epi32(*of_codes);
           sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(codes, shift[c]));
         }
-        __m512 result = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), of_row), scale[c]);
-        if (adds) result = _mm512_add_ps(result, _mm512_load_ps((*totals)[c][row]));
+        const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), of_row);
+        const __m512 total = adds ? _mm512_load_ps((*totals)[c][row]) : _mm512_setzero_ps();
+        const __m512 result = _mm512_fmadd_ps(product, scale[c], total);
         if (ends) _mm512_mask_storeu_ps(out + c * kLanes, there[c], result);
         else _mm512_store_ps((*totals)[c][row], result);
       }
@@ -167,8 +168,8 @@ struct EntryResults {
 
 template <bool HIGH, bool TWO, class RESULTS>
 MW_AMX MW_INLINE void multiply_entry(const int8_t* low, const int8_t* high, int64_t rows,
-                           const uint8_t* first, const uint8_t* second, int64_t chunks,
-                           EntrySums& to, RESULTS& before, int64_t share) {
+                                     const uint8_t* first, const uint8_t* second, int64_t chunks,
+                                     EntrySums& to, RESULTS& before, int64_t share) {
   _tile_zero(0);
   if (HIGH) _tile_zero(1);
   if (TWO) _tile_zero(2);
@@ -203,6 +204,7 @@ MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n) {
   Results before;
   before.totals = &totals;
   int64_t shaped = 0;
+  const bool later = share <= Results::kMostRows;
   int turn = 0;
   for (int64_t row = 0; row < job.rows; row += 2 * kAmxRows) {
     const int64_t left = job.rows - row, rows = left < 2 * kAmxRows ? left : 2 * kAmxRows;
@@ -219,7 +221,7 @@ MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n) {
       else
         multiply_entry<false, TWO>(x, x, rows, first, second, chunks, sums[turn], before, share);
       before.begin(job, panels, row, rows, n, e, sums[turn]);
-      if (share > Results::kMostRows) before.step(2 * kAmxRows);
+      if (!later) before.step(2 * kAmxRows);
     }
   }
   before.step(2 * kAmxRows);

@@ -71,9 +71,10 @@ struct TileAhead {
 // rows, which are read past the first cache, so that the outputs stay in there. `stride`: bytes from
 // one row of `from` to the next.
 template <bool HIGH>
-MW_TILES MW_INLINE void multiply_tiles(const uint16_t* x, const uint16_t* panel, const uint16_t* second,
-                             int64_t tiles, const float* from, int64_t stride, TileSums& sums,
-                             TileCopy& copy, TileAhead& ahead) {
+MW_TILES MW_INLINE void multiply_tiles(const uint16_t* x, const uint16_t* panel,
+                                       const uint16_t* second, int64_t tiles, const float* from,
+                                       int64_t stride, TileSums& sums, TileCopy& copy,
+                                       TileAhead& ahead) {
   const int64_t rows = TilePlan::parts(2 * kTileRows, tiles);
   const float* below = from + stride / 4 * kTileRows;
   _tile_loadd(0, from, stride);
