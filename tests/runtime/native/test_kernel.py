@@ -135,9 +135,9 @@ def test_activations_become_the_codes_that_division_gives(isa: str, data: st.Dat
     one = PackedWeight.from_codes(weight.spec, codes, torch.ones_like(weight.scale), None, None)
     bits = data.draw(st.integers(0x00800000, 0x7F7FFFFF))  # of any normal number
     unit = torch.tensor([[bits]], dtype=torch.int32).view(torch.float32)
-    halves = torch.randint(-300, 300, (20, 64), generator=torch.Generator().manual_seed(bits)) / 2
-    x = halves * unit  # ties, and what is next to them
-    x = torch.nextafter(x, x + unit * torch.randint(-1, 2, x.shape))
+    seeded = torch.Generator().manual_seed(bits)
+    x = torch.randint(-300, 300, (20, 64), generator=seeded) / 2 * unit  # ties
+    x = torch.nextafter(x, x + unit * torch.randint(-1, 2, x.shape, generator=seeded))
     x = x.clamp(torch.finfo().min, torch.finfo().max)
     expected = (x / unit).round().clamp(-128, 127)
 

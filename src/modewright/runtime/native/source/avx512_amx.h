@@ -103,12 +103,10 @@ using EntrySums = int32_t[2][2 * kAmxRows][kLanes];  // of two panels by 32 rows
 using EntryTotals = float[2][2 * kAmxRows][kLanes];
 
 // The sums of an entry on their way to the totals, as numbers, and from the last entry to the
-// output: some rows at each step of the next entry's products, if it has many. More than a few would
-// keep the processor from seeing in time what is multiplied.
+// output.
 template <bool TWO, bool SHIFTS>
 struct EntryResults {
   static constexpr int kPanels = 1 + TWO;
-  static constexpr int64_t kMostRows = 4;
 
   const EntrySums* sums = nullptr;
   EntryTotals* totals = nullptr;
@@ -121,8 +119,8 @@ struct EntryResults {
   __m512 scale[kPanels] = {};
   __m512i shift[kPanels] = {};
 
-  void begin(const Job& job, const Panel* panels, int64_t first, int64_t count, int64_t n,
-             int64_t e, const EntrySums& from) {
+  MW_INLINE void begin(const Job& job, const Panel* panels, int64_t first, int64_t count, int64_t n,
+                       int64_t e, const EntrySums& from) {
     entries = job.plan.entries;
     outputs = job.weight->n;
     sums = &from;
@@ -166,7 +164,7 @@ struct EntryResults {
   }
 };
 
-template <bool HIGH, bool TWO, class RESULTS>
+template <bool HIGH, bool TWO, bool LATER, class RESULTS>
 MW_AMX MW_INLINE void multiply_entry(const int8_t* low, const int8_t* high, int64_t rows,
                                      const uint8_t* first, const uint8_t* second, int64_t chunks,
                                      EntrySums& to, RESULTS& before, int64_t share) {
@@ -186,7 +184,7 @@ MW_AMX MW_INLINE void multiply_entry(const int8_t* low, const int8_t* high, int6
     if (HIGH && TWO) _tile_dpbsud(3, 5, 7);
     first += kBytes * kLanes;
     second += kBytes * kLanes;
-    before.step(share);
+    if (LATER) before.step(share);
   }
   _tile_stored(0, to[0], kBytes);
   if (HIGH) _tile_stored(1, to[0][kAmxRows], kBytes);
@@ -194,43 +192,50 @@ MW_AMX MW_INLINE void multiply_entry(const int8_t* low, const int8_t* high, int6
   if (HIGH && TWO) _tile_stored(3, to[1][kAmxRows], kBytes);
 }
 
-template <bool TWO, bool SHIFTS>
+constexpr int64_t kMostLater = 4;  // rows at a step
+
+// LATER: sums become numbers while the next entry is multiplied, some rows at each step. More than a
+// few would keep the processor from seeing in time what is multiplied: those of short entries do so
+// at once.
+template <bool TWO, bool SHIFTS, bool LATER>
 MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n) {
-  using Results = EntryResults<TWO, SHIFTS>;
   const Plan& p = job.plan;
-  const int64_t chunks = p.entry / kBytes, share = (2 * kAmxRows + chunks - 1) / chunks;
+  const int64_t chunks = p.entry / kBytes, share = TilePlan::parts(2 * kAmxRows, chunks);
   alignas(64) EntrySums sums[2];
   alignas(64) EntryTotals totals;
-  Results before;
-  before.totals = &totals;
+  EntryResults<TWO, SHIFTS> results;
+  results.totals = &totals;
   int64_t shaped = 0;
-  const bool later = share <= Results::kMostRows;
   int turn = 0;
   for (int64_t row = 0; row < job.rows; row += 2 * kAmxRows) {
     const int64_t left = job.rows - row, rows = left < 2 * kAmxRows ? left : 2 * kAmxRows;
     if (rows != shaped) shape_tiles(rows);
     shaped = rows;
-    for (int64_t e = 0; e < p.entries; ++e, turn = 1 - turn) {
+    for (int64_t e = 0; e < p.entries; ++e) {
       const int64_t low = rows < kAmxRows ? rows : kAmxRows;
       const int8_t* x = job.tiles + tile_at(row, low, e * chunks, p.padded);
       const int8_t* high = job.tiles + tile_at(row + kAmxRows, rows - low, e * chunks, p.padded);
       const uint8_t* first = panels[0].codes + e * p.entry * kLanes;
       const uint8_t* second = panels[TWO].codes + e * p.entry * kLanes;
+      EntrySums& to = sums[turn];
       if (rows > kAmxRows)
-        multiply_entry<true, TWO>(x, high, rows, first, second, chunks, sums[turn], before, share);
+        multiply_entry<true, TWO, LATER>(x, high, rows, first, second, chunks, to, results, share);
       else
-        multiply_entry<false, TWO>(x, x, rows, first, second, chunks, sums[turn], before, share);
-      before.begin(job, panels, row, rows, n, e, sums[turn]);
-      if (!later) before.step(2 * kAmxRows);
+        multiply_entry<false, TWO, LATER>(x, x, rows, first, second, chunks, to, results, share);
+      results.begin(job, panels, row, rows, n, e, to);
+      if (LATER) turn = 1 - turn;
+      else results.step(2 * kAmxRows);
     }
   }
-  before.step(2 * kAmxRows);
+  results.step(2 * kAmxRows);
 }
 
 // As tiles() of avx512_panel.h does it.
 template <int PANELS, bool SHIFTS>
 MW_AMX void in_tiles(const Job& job, const Panel* panels, int64_t n) {
-  amx_tiles<PANELS == 2, SHIFTS>(job, panels, n);
+  const bool later = TilePlan::parts(2 * kAmxRows, job.plan.entry / kBytes) <= kMostLater;
+  later ? amx_tiles<PANELS == 2, SHIFTS, true>(job, panels, n)
+        : amx_tiles<PANELS == 2, SHIFTS, false>(job, panels, n);
   _tile_release();
 }
 

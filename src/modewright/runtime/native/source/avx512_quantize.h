@@ -77,7 +77,7 @@ inline void place_block(const Job& job, int64_t row, int64_t b, const int8_t* na
 }
 
 // value / unit, as division rounds it (Markstein, "Computation of elementary functions on the IBM RISC
-// System/6000 processor", 1990), as far as it fits int8; division itself takes four times as long.
+// System/6000 processor", 1990), as far as it fits int8; dividing is slower.
 struct Divider {
   __m512 unit, inverse;
   bool divides;
