@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from modewright.runtime.backends import Case, backend_named, backends, choose
+from modewright.runtime.backends import Case, backend_named, backends, choose, linear
 from modewright.runtime.backends.portable import portable_linear
 from modewright.runtime.packed_weight import PackedWeight
 from support.packed_weights import WEIGHTS, random_weight
@@ -52,3 +52,13 @@ def test_own_kernels_serve_where_nothing_else_does() -> None:
     for rows in ROWS:
         case = Case(spec, "cuda", torch.bfloat16, None, rows)
         assert choose(case).name == "triton"
+
+
+def test_a_compiled_product_is_that_of_the_kernels() -> None:
+    weight = random_weight("int4", 64, 256, granularity="group", group_size=64)
+    weight = weight.map(torch.Tensor.cuda)
+    fast = torch.compile(lambda x: linear(weight, x, None), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for rows in (1, 100):
+            x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+            assert torch.equal(fast(x), linear(weight, x, None))

@@ -74,6 +74,8 @@ class ActivationSpec:
                 f"{_GRANULARITIES}, group_size goes with 'group', and only the scale of a whole "
                 "tensor is calibrated."
             )
+        for name in ("number_format", "grouping", "name"):
+            getattr(self, name)  # made now: torch.compile can read them, but not make them
 
     @classmethod
     def from_dict(cls, recorded: object) -> ActivationSpec:

@@ -72,6 +72,8 @@ class PackedSpec:
         found = [problem for problem, there in problems.items() if there]
         if found:
             raise ConfigError(f"There is no packed weight like {self}: {'; '.join(found)}.")
+        for name in ("number_format", "code_offset", "has_zero_point", "grouping", "scale_shape"):
+            getattr(self, name)  # made now: torch.compile can read them, but not make them
 
     @classmethod
     def from_dict(cls, recorded: object) -> PackedSpec:

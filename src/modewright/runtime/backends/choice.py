@@ -6,8 +6,8 @@ on how many rows there are, from few (decoding) to many. It is made once for eac
 with what the backend prepared.
 
 Where something looks at the operations and not at the result, the portable backend serves, which
-consists of torch's own: when a gradient is needed, while a model is traced, compiled or exported,
-and for subclasses of tensors.
+consists of torch's own: when a gradient is needed, while a model is traced or exported, and for
+subclasses of tensors. ``torch.compile`` sees one operator of torch, which chooses when it runs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from modewright.runtime.backends.base import (
 )
 from modewright.runtime.backends.measure import fastest
 from modewright.runtime.backends.native import Native
+from modewright.runtime.backends.operator import packed_linear, register
 from modewright.runtime.backends.portable import portable_linear
 from modewright.runtime.backends.table import backend_named, backends
 from modewright.runtime.native.library import NativeWeight
@@ -39,6 +40,7 @@ SWITCH = "MODEWRIGHT_BACKENDS"
 
 _Plan = tuple[Backend, Any, int | None]  # and the version of the packed tensor it was made for
 _allowed: list[tuple[str, ...]] = []
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)  # since torch 2.7
 
 
 def linear(
@@ -65,12 +67,11 @@ def linear(
     Raises:
         ConfigError: Shapes or devices do not go together.
     """
-    if (
-        type(x) is not torch.Tensor
-        or (_needs_gradient(x, bias) and torch.is_grad_enabled())
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-    ):
+    if type(x) is not torch.Tensor or (_needs_gradient(x, bias) and torch.is_grad_enabled()):
+        return portable_linear(x, weight, bias, act, act_scale)
+    if torch.compiler.is_compiling() and not _is_exporting():
+        return packed_linear(weight, x, bias, act, act_scale)
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return portable_linear(x, weight, bias, act, act_scale)
     shape = x.shape
     columns = weight.spec.shape[1]
@@ -167,3 +168,6 @@ def _new_plan(weight: PackedWeight, x: torch.Tensor, act: str | None, key: Any) 
     if not _allowed:
         kept[key] = plan
     return plan
+
+
+register(lambda weight, x, bias, act, scale: linear(weight, x, bias, act=act, act_scale=scale))
