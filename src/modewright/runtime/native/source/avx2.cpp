@@ -140,7 +140,7 @@ void dot_rows(const Job& job, const Unpacker& u, int64_t n, int64_t row, const f
     const float* own = job.scales + (row + r) * p.entries;
     for (int64_t e = 0; w.zero_point && e < p.entries; ++e)
       result -= scales[e] * shifts[e] * (float(sums[e]) * own[e]);
-    job.out[(row + r) * w.n + n] = result;
+    static_cast<float*>(job.result.y)[(row + r) * w.n + n] = result;
   }
 }
 

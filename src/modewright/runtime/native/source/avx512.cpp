@@ -50,6 +50,7 @@ void panel(const Job& job, int64_t first, int64_t last) {
 }
 
 struct InRegisters {
+  static Soon soon(int64_t n, int c) { return {n + (c + 1) * kLanes, kLanes, false}; }
   template <int PANELS, bool SHIFTS>
   static void run(const Job& job, const Panel* panels, int64_t n) {
     tiles<PANELS, SHIFTS>(job, panels, n);
@@ -58,6 +59,9 @@ struct InRegisters {
 
 #ifdef MW_AMX
 struct InTiles {
+  static Soon soon(int64_t n, int c) {
+    return {n + 2 * kLanes + c * kAmxSoon, kAmxSoon, true};
+  }
   template <int PANELS, bool SHIFTS>
   static void run(const Job& job, const Panel* panels, int64_t n) {
     in_tiles<PANELS, SHIFTS>(job, panels, n);

@@ -99,6 +99,21 @@ inline void interleave_rows(const Job& job) {
     job.tile_offsets[i] = -job.weight->zero * job.sums[i];
 }
 
+// Of the next outputs' codes most are asked for while these are unpacked: of 16, so many. Tiles are
+// kept waiting by more than a few.
+constexpr int64_t kAmxSoon = 12;
+
+// The others, little by little while these are multiplied.
+struct TileAhead {
+  const uint8_t* at = nullptr;
+  int64_t bytes = 0;  // at a step
+
+  MW_INLINE void step() {
+    for (int64_t i = 0; i < bytes; i += kBytes) fetch_line(at + i, true);
+    at += bytes;
+  }
+};
+
 using EntrySums = int32_t[2][2 * kAmxRows][kLanes];  // of two panels by 32 rows
 using EntryTotals = float[2][2 * kAmxRows][kLanes];
 
@@ -110,12 +125,11 @@ struct EntryResults {
 
   const EntrySums* sums = nullptr;
   EntryTotals* totals = nullptr;
-  float* out = nullptr;
   const float* of_rows = nullptr;  // scales
   const int32_t *offsets = nullptr, *of_codes = nullptr;
-  int64_t row = 0, rows = 0, entries = 0, outputs = 0;
+  int64_t row = 0, rows = 0, entries = 0, outputs = 0, at = 0;  // `at`: in y
   bool adds = false, ends = false;
-  __mmask16 there[kPanels] = {};
+  Store stores[kPanels];
   __m512 scale[kPanels] = {};
   __m512i shift[kPanels] = {};
 
@@ -124,7 +138,7 @@ struct EntryResults {
     entries = job.plan.entries;
     outputs = job.weight->n;
     sums = &from;
-    out = job.out + first * outputs + n;
+    at = first * outputs + n;
     of_rows = job.scales + first * entries + e;
     offsets = job.tile_offsets + first * entries + e;
     of_codes = job.sums + first * entries + e;
@@ -133,8 +147,7 @@ struct EntryResults {
     adds = e > 0;
     ends = e + 1 == entries;
     for (int c = 0; c < kPanels; ++c) {
-      const int64_t left = outputs - n - c * kLanes;
-      there[c] = left > 0 ? first_lanes(left) : __mmask16(0);
+      stores[c] = Store(job, n + c * kLanes);
       scale[c] = _mm512_loadu_ps(panels[c].scales + e * kLanes);
       if (SHIFTS) shift[c] = _mm512_loadu_si512(panels[c].shifts + e * kLanes);
     }
@@ -151,15 +164,15 @@ struct EntryResults {
           sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(codes, shift[c]));
         }
         const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), of_row);
-        const __m512 total = adds ? _mm512_load_ps((*totals)[c][row]) : _mm512_setzero_ps();
+        const __m512 total = adds ? _mm512_load_ps((*totals)[c][row]) : stores[c].start;
         const __m512 result = _mm512_fmadd_ps(product, scale[c], total);
-        if (ends) _mm512_mask_storeu_ps(out + c * kLanes, there[c], result);
+        if (ends) stores[c].put(at + c * kLanes, result);
         else _mm512_store_ps((*totals)[c][row], result);
       }
       of_rows += entries;
       offsets += entries;
       of_codes += entries;
-      out += outputs;
+      at += outputs;
     }
   }
 };
@@ -167,7 +180,8 @@ struct EntryResults {
 template <bool HIGH, bool TWO, bool LATER, class RESULTS>
 MW_AMX MW_INLINE void multiply_entry(const int8_t* low, const int8_t* high, int64_t rows,
                                      const uint8_t* first, const uint8_t* second, int64_t chunks,
-                                     EntrySums& to, RESULTS& before, int64_t share) {
+                                     EntrySums& to, RESULTS& before, int64_t share,
+                                     TileAhead& ahead) {
   _tile_zero(0);
   if (HIGH) _tile_zero(1);
   if (TWO) _tile_zero(2);
@@ -185,6 +199,7 @@ MW_AMX MW_INLINE void multiply_entry(const int8_t* low, const int8_t* high, int6
     first += kBytes * kLanes;
     second += kBytes * kLanes;
     if (LATER) before.step(share);
+    ahead.step();
   }
   _tile_stored(0, to[0], kBytes);
   if (HIGH) _tile_stored(1, to[0][kAmxRows], kBytes);
@@ -192,13 +207,13 @@ MW_AMX MW_INLINE void multiply_entry(const int8_t* low, const int8_t* high, int6
   if (HIGH && TWO) _tile_stored(3, to[1][kAmxRows], kBytes);
 }
 
-constexpr int64_t kMostLater = 4;  // rows at a step
+constexpr int64_t kMostLater = 2;  // rows at a step
 
 // LATER: sums become numbers while the next entry is multiplied, some rows at each step. More than a
 // few would keep the processor from seeing in time what is multiplied: those of short entries do so
 // at once.
 template <bool TWO, bool SHIFTS, bool LATER>
-MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n) {
+MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n, TileAhead ahead) {
   const Plan& p = job.plan;
   const int64_t chunks = p.entry / kBytes, share = TilePlan::parts(2 * kAmxRows, chunks);
   alignas(64) EntrySums sums[2];
@@ -219,9 +234,11 @@ MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n) {
       const uint8_t* second = panels[TWO].codes + e * p.entry * kLanes;
       EntrySums& to = sums[turn];
       if (rows > kAmxRows)
-        multiply_entry<true, TWO, LATER>(x, high, rows, first, second, chunks, to, results, share);
+        multiply_entry<true, TWO, LATER>(x, high, rows, first, second, chunks, to, results, share,
+                                          ahead);
       else
-        multiply_entry<false, TWO, LATER>(x, x, rows, first, second, chunks, to, results, share);
+        multiply_entry<false, TWO, LATER>(x, x, rows, first, second, chunks, to, results, share,
+                                          ahead);
       results.begin(job, panels, row, rows, n, e, to);
       if (LATER) turn = 1 - turn;
       else results.step(2 * kAmxRows);
@@ -233,9 +250,14 @@ MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n) {
 // As tiles() of avx512_panel.h does it.
 template <int PANELS, bool SHIFTS>
 MW_AMX void in_tiles(const Job& job, const Panel* panels, int64_t n) {
+  const Weight& w = *job.weight;
+  const int64_t next = n + 2 * kLanes + 2 * kAmxSoon, outputs = n + 4 * kLanes - next;
+  const int64_t steps = TilePlan::parts(job.rows, 2 * kAmxRows) * (job.plan.padded / kBytes);
+  const TileAhead ahead{w.packed + next * w.packed_stride,
+                        next + outputs <= w.n ? outputs * w.packed_stride / steps + 1 : 0};
   const bool later = TilePlan::parts(2 * kAmxRows, job.plan.entry / kBytes) <= kMostLater;
-  later ? amx_tiles<PANELS == 2, SHIFTS, true>(job, panels, n)
-        : amx_tiles<PANELS == 2, SHIFTS, false>(job, panels, n);
+  later ? amx_tiles<PANELS == 2, SHIFTS, true>(job, panels, n, ahead)
+        : amx_tiles<PANELS == 2, SHIFTS, false>(job, panels, n, ahead);
   _tile_release();
 }
 

@@ -138,7 +138,7 @@ void dot_rows(const Job& job, const Unpacker& u, int64_t n, int64_t row, const R
     __m512 totals[OUTS];
     each<OUTS>(EACH(o) { totals[o] = dot.total[o][r]; });
     if (w.zero_point) take_shifts<OUTS>(job, row + r, rs, totals);
-    store_sums(totals, job.out + (row + r) * w.n + n);
+    store_sums(totals, static_cast<float*>(job.result.y) + (row + r) * w.n + n);
   });
 }
 

@@ -2,7 +2,7 @@
 // Part of avx512.cpp: the kernel for many rows. Thirty-two outputs are unpacked into panels in which
 // a lane is an output, so nothing is added up across lanes; then all rows are multiplied by them.
 #pragma once
-#include "avx512_unpack.h"
+#include "avx512_result.h"
 #include "each.h"
 
 namespace mw {
@@ -52,23 +52,30 @@ void transpose_floats(const float* rows, int64_t stride, int64_t entries, float*
   }
 }
 
+// Outputs whose packed bytes are asked for while others are unpacked.
+struct Soon {
+  int64_t first, count;
+  bool deep;  // see fetch_line()
+};
+
 template <Kind KIND, bool TABLE>
-void unpack_panel(const Job& job, const Unpacker& u, int64_t n, const Panel& panel, float* work) {
+void unpack_panel(const Job& job, const Unpacker& u, int64_t n, const Panel& panel, float* work,
+                  Soon soon) {
   constexpr int F = fields<KIND>();
   const Weight& w = *job.weight;
   const Plan& p = job.plan;
   const int64_t bytes = row_bytes(w);
   const uint8_t* rows[16];
-  const int64_t stride = (p.entries + 15) / 16 * 16;
-  float* shifts = work + 16 * stride;
+  const int64_t width = (p.entries + 15) / 16 * 16;
+  float* shifts = work + 16 * width;
   for (int i = 0; i < 16; ++i) {
     const int64_t output = n + i < w.n ? n + i : w.n - 1;
     rows[i] = w.packed + output * w.packed_stride;
-    row_scales(w, p, u.groups, output, work + i * stride, shifts + i * stride);
+    row_scales(w, p, u.groups, output, work + i * width, shifts + i * width);
   }
-  transpose_floats(work, stride, p.entries, panel.scales);
+  transpose_floats(work, width, p.entries, panel.scales);
   if (w.zero_point) {
-    transpose_floats(shifts, stride, p.entries, reinterpret_cast<float*>(panel.shifts));
+    transpose_floats(shifts, width, p.entries, reinterpret_cast<float*>(panel.shifts));
     for (int64_t e = 0; e < p.entries; ++e) {
       int32_t* at = panel.shifts + e * kLanes;
       _mm512_storeu_si512(at, _mm512_cvtps_epi32(_mm512_loadu_ps(at)));
@@ -76,12 +83,16 @@ void unpack_panel(const Job& job, const Unpacker& u, int64_t n, const Panel& pan
   }
   uint8_t* to = panel.codes;
   int64_t at = 0;
-  const int64_t ahead = n + 32 <= w.n ? 16 * w.packed_stride : 0;
+  const int64_t stride = w.packed_stride;
+  const bool whole = n + 16 <= w.n;
+  const uint8_t* later = w.packed + soon.first * stride;
+  if (soon.first + soon.count > w.n) soon.count = 0;
   for (int64_t s = 0; s < p.blocks * p.block_steps; ++s, at += u.step_bytes) {
     __m512i block[16];
-    for (int i = 0; i < 16; ++i)
-      _mm_prefetch(reinterpret_cast<const char*>(rows[i] + ahead + at), _MM_HINT_T0);
-    if (at + u.step_bytes <= bytes)
+    for (int64_t i = 0; i < soon.count; ++i) fetch_line(later + i * stride + at, soon.deep);
+    if (at + u.step_bytes <= bytes && whole)  // no 16 pointers: they do not fit the registers
+      for (int i = 0; i < 16; ++i) block[i] = raw_step<KIND, false>(u, rows[0] + at + i * stride, 0);
+    else if (at + u.step_bytes <= bytes)
       for (int i = 0; i < 16; ++i) block[i] = raw_step<KIND, false>(u, rows[i] + at, 0);
     else
       for (int i = 0; i < 16; ++i) block[i] = raw_step<KIND, true>(u, rows[i] + at, bytes - at);
@@ -145,8 +156,10 @@ void tile(const Job& job, const Panel* panels, int64_t row, int64_t n, Ahead& ah
   const int64_t width = p.padded * kLanes;  // of a panel
   const uint8_t* codes = panels[0].codes;
   const uint8_t* next = ahead.at;
+  Store stores[PANELS];
+  each<PANELS>(EACH(c) { stores[c] = Store(job, n + c * kLanes); });
   __m512 total[ROWS][PANELS];
-  each<ROWS>(EACH(r) { each<PANELS>(EACH(c) { total[r][c] = _mm512_setzero_ps(); }); });
+  each<ROWS>(EACH(r) { each<PANELS>(EACH(c) { total[r][c] = stores[c].start; }); });
   for (int64_t e = 0; e < p.entries; ++e, own += ROWS, offsets += ROWS) {
     __m512i sum[ROWS][PANELS];
     each<ROWS>(EACH(r) {
@@ -187,9 +200,8 @@ void tile(const Job& job, const Panel* panels, int64_t row, int64_t n, Ahead& ah
   }
   ahead.at = next;
   each<PANELS>(EACH(c) {
-    const __mmask16 mask = first_lanes(job.weight->n - n - c * kLanes);
-    float* out = job.out + row * job.weight->n + n + c * kLanes;
-    each<ROWS>(EACH(r) { _mm512_mask_storeu_ps(out + r * job.weight->n, mask, total[r][c]); });
+    const int64_t at = row * job.weight->n + n + c * kLanes;
+    each<ROWS>(EACH(r) { stores[c].put(at + r * job.weight->n, total[r][c]); });
   });
 }
 
@@ -211,7 +223,8 @@ void tiles(const Job& job, const Panel* panels, int64_t n) {
   }
 }
 
-// MULTIPLY: multiplies all rows by one or two panels, with or without zero points of their own.
+// MULTIPLY: multiplies all rows by one or two panels, with or without zero points of their own, and
+// says what is asked for while panel `c` of those at `n` is unpacked.
 template <Kind KIND, bool TABLE, class MULTIPLY>
 void panel_kind(const Job& job, int64_t first, int64_t last) {
   const Unpacker u(*job.weight);
@@ -230,7 +243,7 @@ void panel_kind(const Job& job, int64_t first, int64_t last) {
   for (int64_t n = first; n < last; n += 2 * kLanes) {
     const bool two = last - n > kLanes;
     for (int c = 0; c < 1 + two; ++c)
-      unpack_panel<KIND, TABLE>(job, u, n + c * kLanes, panels[c], work);
+      unpack_panel<KIND, TABLE>(job, u, n + c * kLanes, panels[c], work, MULTIPLY::soon(n, c));
     if (job.weight->zero_point) {
       two ? MULTIPLY::template run<2, true>(job, panels, n)
           : MULTIPLY::template run<1, true>(job, panels, n);

@@ -56,17 +56,6 @@ struct TileCopy {
   }
 };
 
-// The codes of the next outputs, asked for likewise.
-struct TileAhead {
-  const uint8_t* at = nullptr;
-  int64_t bytes = 0;  // at a step
-
-  void step() {
-    for (int64_t i = 0; i < bytes; i += kBytes) fetch_line(at + i, true);
-    at += bytes;
-  }
-};
-
 // Adds the products of 32 rows, or 16, and 32 outputs to `from`: tiles 0 to 3; 4, 5: outputs; 6, 7:
 // rows, which are read past the first cache, so that the outputs stay in there. `stride`: bytes from
 // one row of `from` to the next.

@@ -51,6 +51,13 @@ struct Plan {
   int64_t padded;       // blocks * block_steps * step
 };
 
+// Where results go. Kernels for few rows write float32 without a bias.
+struct Result {
+  void* y;  // [rows][n]
+  Dtype dtype;
+  const float* bias;  // or null
+};
+
 // All that a kernel reads. "rows" are rows of int8 numbers: two for one of x in high accuracy.
 struct Job {
   const Weight* weight;
@@ -64,7 +71,7 @@ struct Job {
   int8_t* tiles;           // codes again, interleaved for the panel kernel, and likewise
   float* tile_scales;      // scales
   int32_t* tile_offsets;   // and -zero * sums
-  float* out;          // [rows][n]
+  Result result;
 };
 
 constexpr int64_t kTile = 512;       // bfloat16 numbers of a tile

@@ -86,15 +86,6 @@ uint16_t bfloat16(float value) {
   return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-float float_at(const void* from, Dtype dtype, int64_t i) {
-  if (dtype == kNone) return 0;
-  if (dtype == kF32) return static_cast<const float*>(from)[i];
-  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(from)[i]) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 struct Output {
   void* y;
   Dtype dtype, bias_dtype;
@@ -102,18 +93,33 @@ struct Output {
   int terms;
 };
 
-void finish(const Job& job, const Output& out, int64_t rows, int64_t first, int64_t last) {
-  const int64_t n = job.weight->n;
+// The bias as float32: as it is, or in the room that is given; null if there is none.
+const float* bias_of(const Output& out, int64_t n, float* room) {
+  if (out.bias_dtype == kNone) return nullptr;
+  if (out.bias_dtype == kF32) return static_cast<const float*>(out.bias);
+  const uint16_t* from = static_cast<const uint16_t*>(out.bias);
+  for (int64_t i = 0; i < n; ++i) room[i] = float_of(uint32_t(from[i]) << 16);
+  return room;
+}
+
+void add(const float* __restrict from, int64_t count, float* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+// What kernels for few rows, or of two terms, leave to be done with columns `first` to `last` of
+// their results.
+void finish(const Job& job, const Output& out, const float* bias, int64_t rows, int64_t first,
+            int64_t last) {
+  const int64_t n = job.weight->n, count = last - first;
   for (int64_t r = 0; r < rows; ++r) {
-    const float* from = job.out + r * out.terms * n;
-    float* f32 = static_cast<float*>(out.y) + r * n;
-    uint16_t* bf16 = static_cast<uint16_t*>(out.y) + r * n;
-    for (int64_t i = first; i < last; ++i) {
-      float value = from[i];
-      if (out.terms == 2) value += from[n + i];
-      value += float_at(out.bias, out.bias_dtype, i);
-      if (out.dtype == kF32) f32[i] = value;
-      else bf16[i] = bfloat16(value);
+    float* __restrict from = static_cast<float*>(job.result.y) + r * out.terms * n + first;
+    if (out.terms == 2) add(from + n, count, from);
+    if (bias) add(bias + first, count, from);
+    if (out.dtype == kBF16) {
+      uint16_t* __restrict to = static_cast<uint16_t*>(out.y) + r * n + first;
+      for (int64_t i = 0; i < count; ++i) to[i] = bfloat16(from[i]);
+    } else if (out.terms == 2) {
+      std::memcpy(static_cast<float*>(out.y) + r * n + first, from, count * sizeof(float));
     }
   }
 }
@@ -148,10 +154,11 @@ bool run(const Weight& w, const Isa& isa, const Plan& plan, const void* x, int64
   fetch(w.packed, kFetched);  // arrives while x is quantized
   fetch_scales(w, 0, kScalesFetched);
   const int64_t lanes = isa.vector_bytes / 4, all = rows * out.terms;
-  const bool direct = out.terms == 1 && out.dtype == kF32;
+  const bool many = isa.panel && all > isa.dot_rows, finished = many && out.terms == 1;
+  const bool direct = finished || (out.terms == 1 && out.dtype == kF32);
   const int64_t of_row = 4 * plan.entries + 2 * plan.blocks * lanes + (direct ? 0 : w.n);
-  const size_t floats = size_t(all) * of_row;
-  Arena arena(2 * size_t(all) * plan.padded + 4 * floats + 10 * 64);
+  const size_t floats = size_t(all) * of_row + w.n;
+  Arena arena(2 * size_t(all) * plan.padded + 4 * floats + 11 * 64);
   if (!arena.memory) return false;
   Job job{&w, plan, all};
   job.codes = arena.take<int8_t>(all * plan.padded);
@@ -162,14 +169,15 @@ bool run(const Weight& w, const Isa& isa, const Plan& plan, const void* x, int64
   job.tile_offsets = arena.take<int32_t>(all * plan.entries);
   job.starts = arena.take<int32_t>(all * plan.blocks * lanes);
   job.lane_scales = arena.take<float>(all * plan.blocks * lanes);
-  job.out = direct ? static_cast<float*>(out.y) : arena.take<float>(all * w.n);
-  const bool many = isa.panel && all > isa.dot_rows;
+  const float* bias = bias_of(out, w.n, arena.take<float>(w.n));
+  if (finished) job.result = {out.y, out.dtype, bias};
+  else job.result = {direct ? out.y : arena.take<float>(all * w.n), kF32, nullptr};
   for (int64_t r = 0; r < rows; ++r)
     isa.quantize(job, x, out.dtype, r, activation, scale, out.terms);
   if (many) isa.interleave(job);
   parallel(threads, w.n, 32, [&](int64_t first, int64_t last) {
     many ? isa.panel(job, first, last) : isa.dot(job, first, last);
-    if (!direct || out.bias_dtype != kNone) finish(job, out, rows, first, last);
+    if (!finished && (!direct || bias)) finish(job, out, bias, rows, first, last);
   });
   return true;
 }

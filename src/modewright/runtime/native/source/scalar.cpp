@@ -33,7 +33,7 @@ void dot(const Job& job, int64_t first, int64_t last) {
         for (int64_t i = e * p.entry; i < (e + 1) * p.entry; ++i) sum += numbers[i] * codes[i];
         total += (float(sum) - shifts[e] * float(sums[e])) * (scales[e] * own[e]);
       }
-      job.out[r * w.n + n] = total;
+      static_cast<float*>(job.result.y)[r * w.n + n] = total;
     }
   }
 }
