@@ -37,6 +37,18 @@ def test_a_norm_is_its_formula(isa: str, rows: int, width: int) -> None:
 
 
 @each_isa
+@pytest.mark.parametrize("width", [1, 15, 100, 576])
+def test_a_norm_in_bfloat16_is_rounded_once(isa: str, width: int) -> None:
+    x, weight = (numbers(5, width) * 3).bfloat16(), numbers(width, seed=2).bfloat16()
+    norm = kernels(isa).rms_norm
+    exact = norm(x.float(), weight.float(), 1e-5)
+
+    assert torch.equal(norm(x, weight, 1e-5), exact.bfloat16())
+    assert torch.equal(norm(x, weight.float(), 1e-5), exact.bfloat16())
+    assert torch.equal(norm(x.float(), weight, 1e-5), exact)
+
+
+@each_isa
 def test_a_norm_of_zeros_is_zero_and_nan_stays_in_its_row(isa: str) -> None:
     x = numbers(4, 40)
     x[0], x[2, 7] = 0.0, torch.nan
@@ -60,12 +72,22 @@ def test_a_gate_is_its_formula(isa: str, count: int, size: float, seed: int) -> 
 
 
 @each_isa
-def test_a_gate_of_what_is_not_finite(isa: str) -> None:
-    gate = torch.tensor([torch.nan, torch.inf, -1e4, 1e4, 0.0]).repeat(7)
-    result = kernels(isa).silu_gate_(gate, torch.ones(35))[:5]
+@pytest.mark.parametrize("count", [1, 15, 16, 1000])
+def test_a_gate_in_bfloat16_is_rounded_once(isa: str, count: int) -> None:
+    gate, up = numbers(count).bfloat16() * 3, numbers(count, seed=2).bfloat16()
+    exact = kernels(isa).silu_gate_(gate.float(), up.float())
+
+    assert torch.equal(kernels(isa).silu_gate_(gate, up), exact.bfloat16())
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_of_what_is_not_finite(isa: str, dtype: torch.dtype) -> None:
+    gate = torch.tensor([torch.nan, torch.inf, -1e4, 9984, 0.0], dtype=dtype).repeat(7)
+    result = kernels(isa).silu_gate_(gate, torch.ones(35, dtype=dtype))[:5]
 
     assert result[0].isnan()
-    assert result[1:].tolist() == [torch.inf, pytest.approx(0.0, abs=1e-30), 1e4, 0.0]
+    assert result[1:].tolist() == [torch.inf, pytest.approx(0.0, abs=1e-30), 9984, 0.0]
 
 
 needs_attention = pytest.mark.skipif(

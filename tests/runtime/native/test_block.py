@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from modewright.errors import KernelError
 from modewright.runtime.native.between import AttentionStruct
 from modewright.runtime.native.block import NativeBlock
-from modewright.runtime.native.library import ISAS, Library, NativeWeight, library
+from modewright.runtime.native.library import DTYPES, ISAS, Library, NativeWeight, library
 from modewright.runtime.packed_weight import PackedWeight
 from support.kernel_library import each_isa, needs_library
 from support.packed_weights import group, random_weight
@@ -65,7 +65,7 @@ def attend_next(
         *query.stride(),
         *key.stride()[:3],
         *value.stride()[:3],
-        0.25,
+        *(0.25, DTYPES[key.dtype]),
     )
     loaded().mw_attend_next.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     assert loaded().mw_attend_next(ctypes.addressof(struct), ISAS.index(isa), threads) == 0
@@ -87,14 +87,22 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     tokens=st.integers(1, 70),
     features=st.sampled_from([16, 64, 80]),
     size=st.sampled_from([0.1, 3.0, 30.0]),
+    dtype=st.sampled_from(list(DTYPES)),
 )
 @settings(max_examples=60, deadline=None)
 def test_attention_of_the_next_token_is_its_formula(
-    isa: str, texts: int, kv_heads: int, shared: int, tokens: int, features: int, size: float
+    isa: str,
+    texts: int,
+    kv_heads: int,
+    shared: int,
+    tokens: int,
+    features: int,
+    size: float,
+    dtype: torch.dtype,
 ) -> None:
     query = numbers(texts, kv_heads * shared, features) * size
-    key = numbers(texts, kv_heads, tokens, features, seed=2)
-    value = numbers(texts, tokens, kv_heads, features, seed=3).transpose(1, 2)
+    key = numbers(texts, kv_heads, tokens, features, seed=2).to(dtype)
+    value = numbers(texts, tokens, kv_heads, features, seed=3).transpose(1, 2).to(dtype)
 
     found = attend_next(isa, query, key, value)
 
@@ -113,15 +121,22 @@ def test_many_tokens_on_several_threads() -> None:
 class Parts:
     """The weights of a block, and what it computes in float64."""
 
-    def __init__(self, fmt: str, fields: dict[str, Any], with_bias: bool) -> None:
+    def __init__(
+        self,
+        fmt: str,
+        fields: dict[str, Any],
+        with_bias: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         shapes = [(HEADS * FEATURES, WIDTH), (KV_HEADS * FEATURES, WIDTH)]
         shapes += [shapes[1], (WIDTH, HEADS * FEATURES)]
         shapes += [(INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER)]
         self.weights = [random_weight(fmt, *shape, **fields) for shape in shapes]
-        some = [numbers(n, seed=9) * 0.1 for n, _ in shapes]
+        some = [(numbers(n, seed=9) * 0.1).to(dtype) for n, _ in shapes]
         self.biases = [bias if with_bias else None for bias in some]
         self.inputs: list[tuple[str | None, torch.Tensor | None]] = [(None, None)] * 7
-        self.norms = (0.1 + 0.01 * numbers(WIDTH, seed=4), 0.1 + 0.01 * numbers(WIDTH, seed=5))
+        first, second = 0.1 + 0.01 * numbers(2, WIDTH, seed=4).to(dtype)
+        self.norms = (first.contiguous(), second.contiguous())
 
     def native(self, isa: str) -> NativeBlock:
         kernels = cast(Library, library())
@@ -156,21 +171,23 @@ class Parts:
 @each_isa
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "biases"])
 @pytest.mark.parametrize("texts", [1, 4])
-def test_a_block_is_its_formula(isa: str, texts: int, with_bias: bool) -> None:
-    parts = Parts("int8", {}, with_bias)
-    x = numbers(texts, 1, WIDTH)
-    cos, sin = numbers(2, texts, 1, FEATURES, seed=6)
-    past = tuple(numbers(2, texts, KV_HEADS, 20, FEATURES, seed=7))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_block_is_its_formula(isa: str, texts: int, with_bias: bool, dtype: torch.dtype) -> None:
+    parts = Parts("int8", {}, with_bias, dtype)
+    x = numbers(texts, 1, WIDTH).to(dtype)
+    cos, sin = numbers(2, texts, 1, FEATURES, seed=6).to(dtype)
+    past = tuple(numbers(2, texts, KV_HEADS, 20, FEATURES, seed=7).to(dtype))
     kept = []
 
     def update(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        kept.append(key.shape)
+        kept.append((key.shape, key.dtype, value.dtype))
         return torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
 
     found = parts.native(isa).next_token(x, cos, sin, update)
 
     expected = parts.exact(x, (cos, sin), (past[0], past[1]))
-    assert kept == [(texts, KV_HEADS, 1, FEATURES)]
+    assert kept == [((texts, KV_HEADS, 1, FEATURES), dtype, dtype)]
+    assert found.dtype == dtype
     # inputs are rounded to int8 before each of the products
     assert (found - expected).norm() <= 3e-2 * expected.norm()
 

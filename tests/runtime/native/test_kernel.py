@@ -201,15 +201,20 @@ def test_zeros_give_the_bias(isa: str) -> None:
 
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_converted_on_the_way(dtype: torch.dtype, isa: str) -> None:
-    weight = random_weight("int4", 40, 192, **group(64))
-    x, bias = numbers(3, 192).to(dtype), numbers(40).to(dtype)
+@pytest.mark.parametrize("rows", [3, 9, 77])
+def test_half_precision_is_converted_on_the_way(dtype: torch.dtype, rows: int, isa: str) -> None:
+    for fields in (group(32), group(64), {}):
+        weight = random_weight("int4", 83, 192, **fields)
+        x, bias = numbers(rows, 192).to(dtype), numbers(83).to(dtype)
+        x[1, 100] = torch.nan
 
-    y = run(weight, x, bias, isa=isa)
+        for added in (bias, None):
+            y = run(weight, x, added, isa=isa)
 
-    assert y.dtype == dtype
-    exact = run(weight, x.float(), bias.float(), isa=isa)
-    torch.testing.assert_close(y, exact.to(dtype))
+            assert y.dtype == dtype
+            exact = run(weight, x.float(), None if added is None else added.float(), isa=isa)
+            assert torch.equal(y.nan_to_num(), exact.to(dtype).nan_to_num())
+            assert y.isnan().all(1).tolist() == [row == 1 for row in range(rows)]
 
 
 @each_isa

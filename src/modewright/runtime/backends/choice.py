@@ -93,12 +93,12 @@ def linear(
     return plan[0].linear(x, plan[1], bias, act, act_scale)
 
 
-def native_plan(weight: PackedWeight, act: str | None) -> NativeWeight | None:
-    """Return a weight as modewright's own kernel has it, if that serves a few rows of float32.
+def native_plan(weight: PackedWeight, act: str | None, dtype: torch.dtype) -> NativeWeight | None:
+    """Return a weight as modewright's own kernel has it, if that serves a few rows of a dtype.
 
     ``None`` too where that was not chosen yet, or something else was.
     """
-    plan: _Plan | None = weight.plans.get((torch.float32, True, act, 0))
+    plan: _Plan | None = weight.plans.get((dtype, True, act, 0))
     if plan is None or type(plan[0]) is not Native or _allowed:
         return None
     fresh = plan[2] is None or plan[2] == weight.packed._version

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What lies between linear layers, by the kernel library: RMS norms, gated activations, attention.
 
-Each is one pass over memory where torch's operators take several. All is float32 on the CPU.
+Each is one pass over memory where torch's operators take several, on the CPU. Norms and gates take
+float32 and bfloat16, and compute in float32; attention of whole texts takes float32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import cache
 import torch
 
 from modewright.errors import KernelError
-from modewright.runtime.native.library import BEST, ISAS, Library, library
+from modewright.runtime.native.library import BEST, DTYPES, ISAS, Library, library
 
 _FEATURES = 16  # a head has a multiple of so many
 
@@ -32,6 +33,7 @@ class AttentionStruct(ctypes.Structure):
             for axis in ("batch", "head", "token")
         ),
         ("scaling", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
     )
 
 
@@ -62,10 +64,9 @@ class Between:
         self._place = BEST if isa is None else ISAS.index(isa)
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._norm = loaded.mw_rms_norm
-        self._norm.argtypes = [pointer, pointer, pointer, size, size]
-        self._norm.argtypes += [ctypes.c_float, number, number]
+        self._norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float, number]
         self._gate = loaded.mw_silu_gate
-        self._gate.argtypes = [pointer, pointer, size, number, number]
+        self._gate.argtypes = [pointer, pointer, size, number]
         self._norm.restype = self._gate.restype = None
         self._attend = loaded.mw_attend
         self._attend.argtypes = [pointer, number, number]
@@ -75,8 +76,8 @@ class Between:
         """Return ``x / sqrt(mean(x ** 2) + eps) * weight``.
 
         Args:
-            x: ``[..., n]``, float32.
-            weight: ``[n]``, float32.
+            x: ``[..., n]``, float32 or bfloat16.
+            weight: ``[n]``, likewise.
             eps: What is added to the mean.
         """
         x = x.contiguous()
@@ -89,17 +90,24 @@ class Between:
             x.numel() // width,
             width,
             eps,
-            self._place,
-            torch.get_num_threads(),
+            DTYPES[x.dtype] | DTYPES[weight.dtype] << 2 | self._how(),
         )
         return result
 
     def silu_gate_(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Return ``silu(gate) * up`` in the memory of ``gate``; both contiguous float32."""
-        self._gate(
-            gate.data_ptr(), up.data_ptr(), gate.numel(), self._place, torch.get_num_threads()
-        )
+        """Return ``silu(gate) * up`` in the memory of ``gate``.
+
+        Args:
+            gate: Any shape, contiguous, float32 or bfloat16.
+            up: As ``gate``.
+        """
+        options = DTYPES[gate.dtype] | self._how()
+        self._gate(gate.data_ptr(), up.data_ptr(), gate.numel(), options)
         return gate
+
+    def _how(self) -> int:
+        """Return the instruction set and the number of threads, as the library is told them."""
+        return self._place << 7 | torch.get_num_threads() << 9
 
     def can_attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether :meth:`attend` takes such tensors: ``[batch, heads, tokens, features]``."""

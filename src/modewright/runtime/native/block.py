@@ -14,7 +14,7 @@ import torch
 
 from modewright.errors import KernelError
 from modewright.runtime.native.between import AttentionStruct
-from modewright.runtime.native.library import ACTIVATIONS, BEST, ISAS, NativeWeight
+from modewright.runtime.native.library import ACTIVATIONS, BEST, DTYPES, ISAS, NativeWeight
 
 WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _Update = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -31,6 +31,7 @@ class BlockStruct(ctypes.Structure):
         ("norms", ctypes.c_void_p * 2),
         ("eps", ctypes.c_float * 2),
         *((n, ctypes.c_int64) for n in ("width", "heads", "kv_heads", "features", "inner")),
+        ("dtype", ctypes.c_int32),
     )
 
 
@@ -39,10 +40,11 @@ class NativeBlock:
 
     Args:
         weights: Those of :data:`WEIGHTS`, in that order.
-        biases: Of each, contiguous float32, or ``None``.
+        biases: Of each, contiguous, or ``None``.
         inputs: How inputs of each are quantized: ``None``, ``"int8_token"`` or ``"int8_tensor"``,
             and the scale of the latter.
-        norms: The weights of both norms, contiguous float32.
+        norms: The weights of both norms, contiguous, float32 or bfloat16; of the same dtype are
+            biases, and what goes in and out.
         eps: Of both norms.
         features: Of a head.
         scaling: What scores are multiplied with.
@@ -64,8 +66,8 @@ class NativeBlock:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._begin, self._end = loaded.mw_block_begin, loaded.mw_block_end
         self._begin.argtypes = [pointer, pointer, size, pointer, pointer, size]
-        self._begin.argtypes += [pointer, pointer, pointer, number, number]
-        self._end.argtypes = [*[pointer] * 4, number, number]
+        self._begin.argtypes += [pointer, pointer, pointer, number]
+        self._end.argtypes = [*[pointer] * 4, number]
         self._place = BEST if isa is None else ISAS.index(isa)
         self._kept = (weights, biases, norms)
         self._pointed = [tensor for tensor in (*norms, *biases) if tensor is not None]
@@ -73,6 +75,8 @@ class NativeBlock:
         self._scaling, self.features, self.width = scaling, features, weights[0].columns
         self.heads, self.kv_heads = (weight.rows // features for weight in weights[:2])
         self._struct = BlockStruct(eps=eps, width=self.width, inner=weights[4].rows)
+        self.dtype = norms[0].dtype
+        self._struct.dtype = DTYPES[self.dtype]
         self._struct.features, self._struct.heads = features, self.heads
         self._struct.kv_heads = self.kv_heads
         self._struct.weights[:] = [weight.address for weight in weights]
@@ -99,9 +103,8 @@ class NativeBlock:
         """Return what the block makes of one token of each text.
 
         Args:
-            x: ``[texts, 1, width]``, contiguous float32.
-            cos: ``[texts or 1, 1, features]``, contiguous float32: by how much queries and keys are
-                turned.
+            x: ``[texts, 1, width]``, contiguous, of the block's dtype.
+            cos: ``[texts or 1, 1, features]``, likewise: by how much queries and keys are turned.
             sin: As ``cos``.
             update: Takes the token's key and value, ``[texts, key heads, 1, features]``; returns
                 those of all tokens, features side by side.
@@ -112,20 +115,20 @@ class NativeBlock:
         Raises:
             KernelError: Memory ran out, or the keys and values are not those of the texts.
         """
-        texts, threads = len(x), torch.get_num_threads()
+        texts, options = len(x), self._place << 7 | torch.get_num_threads() << 9
         heads, kv_heads, features = self.heads, self.kv_heads, self.features
         self._locate()
-        query = x.new_empty(texts, heads, features)
+        query = torch.empty(texts, heads, features)
         key = x.new_empty(texts, kv_heads, 1, features)
         value = x.new_empty(texts, kv_heads, 1, features)
         failed = self._begin(
             *(self._address, x.data_ptr(), texts, cos.data_ptr(), sin.data_ptr()),
             features if len(cos) > 1 else 0,
-            *(query.data_ptr(), key.data_ptr(), value.data_ptr(), self._place, threads),
+            *(query.data_ptr(), key.data_ptr(), value.data_ptr(), options),
         )
         if failed:
             raise _failure(failed)
-        keys, values = map(_plain, update(key, value))
+        keys, values = (self._plain(tensor) for tensor in update(key, value))
         shape = keys.shape
         if shape != values.shape or shape[:2] != (texts, kv_heads) or shape[3:] != (features,):
             raise KernelError(
@@ -138,23 +141,21 @@ class NativeBlock:
             *(heads * features, features, features),
             *keys.stride()[:3],
             *values.stride()[:3],
-            self._scaling,
+            *(self._scaling, self._struct.dtype),
         )
         result = torch.empty_like(x)
         failed = self._end(
-            *(self._address, x.data_ptr(), ctypes.addressof(attention), result.data_ptr()),
-            *(self._place, threads),
+            *(self._address, x.data_ptr(), ctypes.addressof(attention), result.data_ptr(), options)
         )
         if failed:
             raise _failure(failed)
         return result
 
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what a cache holds in float32, features side by side."""
-    if tensor.dtype is torch.float32 and tensor.stride(-1) == 1:
-        return tensor
-    return tensor.float().contiguous()
+    def _plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what a cache holds in the block's dtype, features side by side."""
+        if tensor.dtype is self.dtype and tensor.stride(-1) == 1:
+            return tensor
+        return tensor.to(self.dtype).contiguous()
 
 
 def _failure(code: int) -> KernelError:

@@ -13,6 +13,7 @@ from torch import nn
 
 import modewright
 from modewright.integrations.generation import Decoding, cache_argument
+from modewright.runtime.backends import using
 from modewright.runtime.layers.fused import fuse, unfuse
 from modewright.runtime.native.block import NativeBlock
 from modewright.runtime.native.library import library
@@ -100,6 +101,22 @@ def test_the_next_token_is_the_same_by_the_kernels(
     # full when the last one comes
     assert tokens == [texts] * 3 * (2 if kind == "Mistral" else 3)
     assert close(found, expected)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_models_in_bfloat16_generate_by_the_kernels_too(kind: str, tokens: list[int]) -> None:
+    """That is how most models are published."""
+    prompt = windows()[:3, 0, :10]
+    model = packed(model_of(kind, **FAMILIES[kind]).bfloat16())
+    wide = copy.deepcopy(model).float()
+    unfuse(wide)
+    with using("portable"):
+        exact = steps(wide, prompt)
+    found = steps(model, prompt)
+
+    assert tokens == [3] * 3 * (2 if kind == "Mistral" else 3)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).norm() <= 2e-2 * exact.norm()
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8_static", "w4a8"])

@@ -72,6 +72,19 @@ def test_a_fused_model_computes_the_same_by_kernels(calls: Calls) -> None:
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+@needs_library
+def test_a_model_in_bfloat16_is_fused_and_closer_to_exact(calls: Calls) -> None:
+    exact, plain, model = outputs(llama()), llama().bfloat16(), llama().bfloat16()
+    kinds = fuse(model)
+    found, before = outputs(model), outputs(plain)
+
+    assert kinds == fuse(llama())
+    assert calls.seen.count("rms_norm") == 9
+    assert calls.seen.count("silu_gate_") == 4
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).norm() <= (before.float() - exact).norm()
+
+
 def test_what_was_fused_can_be_taken_back() -> None:
     model = llama()
     before = [type(module) for module in model.modules()]
@@ -97,14 +110,14 @@ def test_the_config_stays_as_it_is() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("case", ["gradient", "portable", "bfloat16", "switched off"])
+@pytest.mark.parametrize("case", ["gradient", "portable", "float16", "switched off"])
 def test_where_the_kernels_do_not_serve_layers_run_their_own_forward(
     case: str, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, plain = llama(), llama()
     fuse(model)
-    if case == "bfloat16":
-        model, plain = model.bfloat16(), plain.bfloat16()
+    if case == "float16":
+        model, plain = model.half(), plain.half()
     if case == "switched off":
         monkeypatch.setenv("MODEWRIGHT_NATIVE", "0")
     ids = windows()[0]
@@ -192,8 +205,10 @@ def test_layers_that_only_look_alike_are_left_alone() -> None:
     patched.forward = lambda x: x * 2  # type: ignore[method-assign]
     model = nn.Sequential(ShiftedRMSNorm(), nn.RMSNorm(8), nn.RMSNorm((2, 8), eps=1e-6), patched)
 
-    assert fuse(model) == {}
+    for own in (model, model.bfloat16()):
+        assert fuse(own) == {}
     assert fuse(nn.Sequential(nn.RMSNorm(8, eps=1e-6))) == {"0": "rms_norm"}
+    assert fuse(nn.Sequential(nn.RMSNorm(8, eps=1e-6)).bfloat16()) == {"0": "rms_norm"}
 
 
 def test_only_blocks_with_the_layers_that_are_named_are_fused() -> None:

@@ -69,7 +69,7 @@ def is_rotary_attention(layer: nn.Module) -> bool:
 def rotary_formula(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return what such attention should make of a text ``[n, width]``, see :func:`somewhere`."""
     own: Any = layer
-    cos, sin = somewhere(layer, len(x))
+    cos, sin = somewhere(layer, x)
 
     def turned(heads: torch.Tensor) -> torch.Tensor:
         first, second = heads.chunk(2, -1)
@@ -87,10 +87,10 @@ def rotary_formula(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, own.o_proj(seen.reshape(len(x), -1)))
 
 
-def somewhere(layer: nn.Module, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return some cosines and sines for so many tokens, ``[1, n, features]``."""
-    size = (1, tokens, layer.__dict__["head_dim"])
-    cos, sin = torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
+def somewhere(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return some cosines and sines for a text ``[n, width]``: ``[1, n, features]``, its dtype."""
+    size = (1, len(x), layer.__dict__["head_dim"])
+    cos, sin = torch.randn(2, *size, generator=torch.Generator().manual_seed(1)).to(x.dtype)
     return cos, sin
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from modewright.runtime.backends.choice import allows
 from modewright.runtime.native.between import Between, between
+from modewright.runtime.native.library import DTYPES
 
 
 class FusedLayer(nn.Module):
@@ -26,12 +27,14 @@ def own_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def kernels_for(*tensors: torch.Tensor) -> Between | None:
-    """Return the kernels if they serve such tensors."""
+    """Return the kernels if they serve such tensors: float32 or bfloat16, all of them."""
+    dtype = tensors[0].dtype
     for x in tensors:
-        if x.dtype is not torch.float32 or not x.is_cpu:
+        if x.dtype is not dtype or not x.is_cpu:
             return None
     if (
-        type(tensors[0]) is not torch.Tensor
+        dtype not in DTYPES
+        or type(tensors[0]) is not torch.Tensor
         or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None

@@ -26,7 +26,7 @@ from modewright.runtime.layers.fused.pointwise import (
     norm_formula,
 )
 from modewright.runtime.native.block import WEIGHTS, NativeBlock
-from modewright.runtime.native.library import ACTIVATIONS, NativeWeight
+from modewright.runtime.native.library import ACTIVATIONS, DTYPES, NativeWeight
 
 KEPT = "_native_block"  # the attribute that holds what was made of a block
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -70,6 +70,8 @@ class FusedBlock(FusedLayer):
         block = self._native(inner)
         if block is None or not x.is_contiguous() or x.shape[2] != block.width:
             return None
+        if block.dtype is not x.dtype:
+            return None
         if not all(_of_one_token(turn, len(x), block.features) for turn in (cos, sin)):
             return None
         place = attention["layer_idx"]
@@ -102,15 +104,17 @@ class FusedBlock(FusedLayer):
             return None
         inputs = [layer.record.activations.get("input") for layer in layers]
         acts = [None if spec is None else spec.name for spec in inputs]
-        plans = [
-            native_plan(layer.packed_weight(), act) for layer, act in zip(layers, acts, strict=True)
-        ]
         weights = [norm._parameters["weight"] for norm in norms]
+        dtype = weights[0].dtype
+        plans = [
+            native_plan(layer.packed_weight(), act, dtype)
+            for layer, act in zip(layers, acts, strict=True)
+        ]
         biases = [layer._parameters["bias"] for layer in layers]
         for tensor in (*weights, *biases):
-            if tensor is not None and not (_is_float(tensor) and tensor.is_contiguous()):
+            if tensor is not None and not _is_plain(tensor, dtype):
                 return None
-        if None in plans or not set(acts) <= set(ACTIVATIONS):
+        if None in plans or dtype not in DTYPES or not set(acts) <= set(ACTIVATIONS):
             return None
         attention = cast(nn.Module, self._modules["self_attn"]).__dict__
         first, second = (cast(float, eps_of(norm)) for norm in norms)
@@ -152,8 +156,8 @@ def _is_watched(layers: tuple[Any, ...]) -> bool:
     )
 
 
-def _is_float(tensor: torch.Tensor) -> bool:
-    return tensor.dtype is torch.float32 and tensor.is_cpu
+def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
 
 
 def _of_one_token(turn: torch.Tensor, texts: int, features: int) -> bool:
@@ -181,7 +185,7 @@ def is_block(layer: nn.Module) -> bool:
 
 def run_block(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return what such a layer makes of a text ``[n, width]``, see :func:`block_formula`."""
-    where = somewhere(cast(nn.Module, layer._modules["self_attn"]), len(x))
+    where = somewhere(cast(nn.Module, layer._modules["self_attn"]), x)
     found = layer(x[None], position_embeddings=where, attention_mask=None)
     return cast(torch.Tensor, found[0])
 

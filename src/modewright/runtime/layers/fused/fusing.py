@@ -20,6 +20,7 @@ from modewright.runtime.layers.fused.base import FusedLayer, own_class
 _PROBE_ROWS = 3
 _TOLERANCE = 1e-5  # part of the norm of what is expected
 _TOLERANCE_QUANTIZED = 5e-3  # the same where inputs are rounded, now and then to another number
+_TOLERANCE_HALF = 2e-2  # the same of layers in half precision
 _Computes = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
@@ -120,16 +121,19 @@ def _is_of_kind(layer: nn.Module, kind: _Kind) -> bool:
     tensor = next((t for t in (*layer.parameters(), *layer.buffers())), None)
     if tensor is None or tensor.device.type != "cpu":
         return False
+    packed = next((part for part in layer.modules() if isinstance(part, PackedLayer)), None)
+    dtype = tensor.dtype if packed is None else packed.compute_dtype
     linear = next((m for m in layer.modules() if isinstance(m, nn.Linear)), None)
     width = len(cast(torch.Tensor, layer.weight)) if linear is None else linear.in_features
-    x = torch.randn(_PROBE_ROWS, width, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(_PROBE_ROWS, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     try:
         with torch.no_grad(), using("portable"):  # others round inputs, not always alike
             found, expected = kind.run(layer, x), kind.formula(layer, x)
             if found.shape != expected.shape:
                 return False
-            return bool((found - expected).norm() <= _tolerance(layer) * expected.norm())
-    except (TypeError, RuntimeError):  # other arguments, another dtype
+            allowed = _TOLERANCE_HALF if dtype.itemsize < 4 else _tolerance(layer)
+            return bool((found - expected).norm() <= allowed * expected.norm())
+    except (TypeError, RuntimeError):  # other arguments, several dtypes
         return False
 
 

@@ -71,8 +71,9 @@ def eps_of(layer: nn.Module) -> float | None:
 
 def norm_formula(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return what an RMS norm should compute."""
-    mean = x.square().mean(-1, keepdim=True)
-    return x * torch.rsqrt(mean + cast(float, eps_of(layer))) * cast(torch.Tensor, layer.weight)
+    wide, weight = x.float(), cast(torch.Tensor, layer.weight)
+    mean = wide.square().mean(-1, keepdim=True)
+    return (wide * torch.rsqrt(mean + cast(float, eps_of(layer))) * weight).to(x.dtype)
 
 
 def gate_formula(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ constexpr int64_t kKeys = kVectors * kAtOnce;  // in a tile
 
 // Keys of one head, [tiles][features][64]: a feature of neighbouring keys is one run of memory.
 void arrange_keys(const Attention& a, int64_t batch, int64_t head, float* to) {
-  const float* keys = a.key + batch * a.key_batch + head * a.key_head;
+  const float* keys = static_cast<const float*>(a.key) + batch * a.key_batch + head * a.key_head;
   for (int64_t tile = 0; tile * kKeys < a.tokens; ++tile, to += a.features * kKeys)
     for (int64_t at = 0; at < kKeys; ++at) {
       const int64_t token = tile * kKeys + at;
@@ -102,7 +102,7 @@ void attend_block(const Attention& a, int64_t batch, int64_t head, int64_t first
   float sums[kQueries];
   for (int64_t q = 0; q < kQueries; ++q)
     sums[q] = weigh(scores + q * stride, q < here ? first + q + 1 : seen, padded);
-  const float* values = a.value + batch * a.value_batch + group * a.value_head;
+  const float* values = static_cast<const float*>(a.value) + batch * a.value_batch + group * a.value_head;
   float* out = a.out + ((batch * a.tokens + first) * a.heads + head) * a.features;
   const int64_t out_token = a.heads * a.features;
   int64_t f = 0;

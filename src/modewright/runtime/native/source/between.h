@@ -43,12 +43,13 @@ MW_INLINE Floats exp2_of(Floats x) {
 }
 
 // y = x / sqrt(mean(x^2) + eps) * weight, for each row of `n`.
-void rms_norm(const float* x, const float* weight, float* y, int64_t n, float eps, int64_t first,
-              int64_t last) {
+template <class X, class W>
+void norm_rows(const X* x, const W* weight, X* y, int64_t n, float eps, int64_t first,
+               int64_t last) {
   const int64_t whole = n / kAtOnce * kAtOnce;
   for (int64_t r = first; r < last; ++r) {
-    const float* from = x + r * n;
-    float* to = y + r * n;
+    const X* from = x + r * n;
+    X* to = y + r * n;
     Floats sums[4] = {};
     int64_t i = 0;
     for (; i + 4 * kAtOnce <= n; i += 4 * kAtOnce)
@@ -58,23 +59,49 @@ void rms_norm(const float* x, const float* weight, float* y, int64_t n, float ep
       });
     for (; i < whole; i += kAtOnce) sums[0] += floats_at(from + i) * floats_at(from + i);
     float total = sum_of(sums[0] + sums[1] + (sums[2] + sums[3]));
-    for (; i < n; ++i) total += from[i] * from[i];
+    for (; i < n; ++i) total += float_at(from + i) * float_at(from + i);
     const float factor = 1.0f / std::sqrt(total / float(n) + eps);
     for (i = 0; i < whole; i += kAtOnce)
       store_floats(floats_at(from + i) * factor * floats_at(weight + i), to + i);
-    for (; i < n; ++i) to[i] = from[i] * factor * weight[i];
+    for (; i < n; ++i) store_float(float_at(from + i) * factor * float_at(weight + i), to + i);
   }
 }
 
+void rms_norm(const void* x, const void* weight, void* y, Dtype dtype, Dtype of_weight, int64_t n,
+              float eps, int64_t first, int64_t last) {
+  const float *x32 = static_cast<const float*>(x), *w32 = static_cast<const float*>(weight);
+  const uint16_t *x16 = static_cast<const uint16_t*>(x), *w16 = static_cast<const uint16_t*>(weight);
+  float* y32 = static_cast<float*>(y);
+  uint16_t* y16 = static_cast<uint16_t*>(y);
+  const bool wide = of_weight == kF32;
+  if (dtype == kF32)
+    wide ? norm_rows(x32, w32, y32, n, eps, first, last)
+         : norm_rows(x32, w16, y32, n, eps, first, last);
+  else
+    wide ? norm_rows(x16, w32, y16, n, eps, first, last)
+         : norm_rows(x16, w16, y16, n, eps, first, last);
+}
+
 // gate = gate / (1 + exp(-gate)) * up: a SiLU and a product, in the memory of `gate`.
-void silu_gate(float* gate, const float* up, int64_t first, int64_t last) {
+template <class T>
+void gate_numbers(T* gate, const T* up, int64_t first, int64_t last) {
   const float log2e = 1.44269504f;
   int64_t i = first;
   for (; i + kAtOnce <= last; i += kAtOnce) {
     const Floats value = floats_at(gate + i);
     store_floats(value / (exp2_of(value * -log2e) + 1.0f) * floats_at(up + i), gate + i);
   }
-  for (; i < last; ++i) gate[i] = gate[i] / (std::exp(-gate[i]) + 1.0f) * up[i];
+  for (; i < last; ++i) {
+    const float value = float_at(gate + i);
+    store_float(value / (std::exp(-value) + 1.0f) * float_at(up + i), gate + i);
+  }
+}
+
+void silu_gate(void* gate, const void* up, Dtype dtype, int64_t first, int64_t last) {
+  if (dtype == kF32)
+    gate_numbers(static_cast<float*>(gate), static_cast<const float*>(up), first, last);
+  else
+    gate_numbers(static_cast<uint16_t*>(gate), static_cast<const uint16_t*>(up), first, last);
 }
 
 }  // namespace

@@ -4,31 +4,55 @@
 #include "block.h"
 
 #include <cstdlib>
-#include <cstring>
+
+#include "common.h"
 
 namespace mw {
 namespace {
 
-constexpr int kNoBias = kNone << 2;
-
 int multiply(const Block& b, BlockWeight which, const float* x, int64_t texts, float* y,
              int options) {
-  const float* bias = b.biases[which];
-  options |= b.acts[which] << 4 | (bias ? 0 : kNoBias);
+  const void* bias = b.biases[which];
+  options |= b.acts[which] << 4 | (bias ? b.dtype : kNone) << 2;
   return mw_linear(b.weights[which], x, texts, bias, y, b.act_scales[which], options);
+}
+
+void norm(const Block& b, int which, const float* x, int64_t texts, float* y, int options) {
+  options |= b.dtype << 2;
+  mw_rms_norm(x, b.norms[which], y, texts, b.width, b.eps[which], options);
 }
 
 void add(const float* x, int64_t count, float* y) {
   for (int64_t i = 0; i < count; ++i) y[i] += x[i];
 }
 
-// Floats for a moment, or null.
+// Floats for a moment, if there is memory.
 struct Room {
-  float* at;
+  float *at, *next;
   explicit Room(int64_t count)
-      : at(static_cast<float*>(std::malloc(size_t(count) * sizeof(float)))) {}
+      : at(static_cast<float*>(std::malloc(size_t(count) * sizeof(float)))), next(at) {}
   ~Room() { std::free(at); }
+  float* take(int64_t count) {
+    float* taken = next;
+    next += count;
+    return taken;
+  }
 };
+
+// Numbers that come from outside, as float32.
+const float* widened(const void* from, int dtype, int64_t count, float* room) {
+  if (dtype == kF32) return static_cast<const float*>(from);
+  for (int64_t i = 0; i < count; ++i) room[i] = float_at(static_cast<const uint16_t*>(from) + i);
+  return room;
+}
+
+// Where numbers are made that go outside, and their way there.
+float* made(void* to, int dtype, float* room) { return dtype == kF32 ? static_cast<float*>(to) : room; }
+
+void narrow(const float* from, int64_t count, void* to, int dtype) {
+  if (dtype == kF32) return;  // they were made there
+  for (int64_t i = 0; i < count; ++i) store_float(from[i], static_cast<uint16_t*>(to) + i);
+}
 
 }  // namespace
 }  // namespace mw
@@ -37,45 +61,57 @@ using namespace mw;
 
 extern "C" {
 
-// Query, key and value of x, turned: x: [texts][width]; cos and sin: [features], `stride` floats
-// further for the next text. Returns what mw_linear does.
-MW_EXPORT int mw_block_begin(const Block* block, const float* x, int64_t texts, const float* cos,
-                             const float* sin, int64_t stride, float* query, float* key,
-                             float* value, int place, int threads) {
+// Query, key and value of x, turned: x: [texts][width]; cos and sin: [features], `stride` numbers
+// further for the next text. The query is float32 always. options: instruction set << 7 |
+// threads << 9. Returns what mw_linear does.
+MW_EXPORT int mw_block_begin(const Block* block, const void* x, int64_t texts, const void* cos,
+                             const void* sin, int64_t stride, float* query, void* key, void* value,
+                             int options) {
   const Block& b = *block;
-  const int options = place << 7 | threads << 9;
-  const Room normed(texts * b.width);
-  if (!normed.at) return 2;
-  mw_rms_norm(x, b.norms[0], normed.at, texts, b.width, b.eps[0], place, threads);
-  if (const int failed = multiply(b, kQuery, normed.at, texts, query, options)) return failed;
-  if (const int failed = multiply(b, kKey, normed.at, texts, key, options)) return failed;
-  if (const int failed = multiply(b, kValue, normed.at, texts, value, options)) return failed;
-  mw_rotate(query, key, cos, sin, texts, b.heads, b.kv_heads, b.features, stride, place);
+  const int64_t size = texts * b.width, turns = texts * b.features, keys = turns * b.kv_heads;
+  Room room(2 * size + 2 * turns + 2 * keys);
+  if (!room.at) return 2;
+  float* normed = room.take(size);
+  const float* from = widened(x, b.dtype, size, room.take(size));
+  const int64_t turned = stride ? turns : b.features;
+  const float* cosines = widened(cos, b.dtype, turned, room.take(turns));
+  const float* sines = widened(sin, b.dtype, turned, room.take(turns));
+  float* own_key = made(key, b.dtype, room.take(keys));
+  float* own_value = made(value, b.dtype, room.take(keys));
+  norm(b, 0, from, texts, normed, options);
+  if (const int failed = multiply(b, kQuery, normed, texts, query, options)) return failed;
+  if (const int failed = multiply(b, kKey, normed, texts, own_key, options)) return failed;
+  if (const int failed = multiply(b, kValue, normed, texts, own_value, options)) return failed;
+  mw_rotate(query, own_key, cosines, sines, texts, b.heads, b.kv_heads, b.features, stride,
+            options >> 7 & 3);
+  narrow(own_key, keys, key, b.dtype);
+  narrow(own_value, keys, value, b.dtype);
   return 0;
 }
 
 // What the block makes of x, [texts][width], when all keys and values are there.
-MW_EXPORT int mw_block_end(const Block* block, const float* x, Attention* attention, float* y,
-                           int place, int threads) {
+MW_EXPORT int mw_block_end(const Block* block, const void* x, Attention* attention, void* y,
+                           int options) {
   const Block& b = *block;
-  const int64_t texts = attention->batches;
-  const int options = place << 7 | threads << 9;
-  const int64_t size = texts * b.width, inner = texts * b.inner;
+  const int64_t texts = attention->batches, size = texts * b.width, inner = texts * b.inner;
   const int64_t seen_size = texts * b.heads * b.features;
-  const Room room(2 * size + 2 * inner + seen_size);
+  Room room(4 * size + 2 * inner + seen_size);
   if (!room.at) return 2;
-  float *hidden = room.at, *normed = hidden + size, *gate = normed + size, *up = gate + inner;
-  float* seen = up + inner;
-  attention->out = seen;
-  if (const int failed = mw_attend_next(attention, place, threads)) return failed;
+  float *hidden = room.take(size), *normed = room.take(size);
+  float *gate = room.take(inner), *up = room.take(inner);
+  float* seen = attention->out = room.take(seen_size);
+  const float* from = widened(x, b.dtype, size, room.take(size));
+  float* result = made(y, b.dtype, room.take(size));
+  if (const int failed = mw_attend_next(attention, options >> 7 & 3, options >> 9)) return failed;
   if (const int failed = multiply(b, kOutput, seen, texts, hidden, options)) return failed;
-  add(x, size, hidden);
-  mw_rms_norm(hidden, b.norms[1], normed, texts, b.width, b.eps[1], place, threads);
+  add(from, size, hidden);
+  norm(b, 1, hidden, texts, normed, options);
   if (const int failed = multiply(b, kGate, normed, texts, gate, options)) return failed;
   if (const int failed = multiply(b, kUp, normed, texts, up, options)) return failed;
-  mw_silu_gate(gate, up, inner, place, threads);
-  if (const int failed = multiply(b, kDown, gate, texts, y, options)) return failed;
-  add(hidden, size, y);
+  mw_silu_gate(gate, up, inner, options);
+  if (const int failed = multiply(b, kDown, gate, texts, result, options)) return failed;
+  add(hidden, size, result);
+  narrow(result, size, y, b.dtype);
   return 0;
 }
 

@@ -56,6 +56,17 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
+// A float32 or bfloat16 number, and the nearest one to be stored: ties to even, NaN stays.
+inline float float_at(const float* from) { return *from; }
+inline float float_at(const uint16_t* from) { return float_of(uint32_t(*from) << 16); }
+
+inline void store_float(float value, float* to) { *to = value; }
+inline void store_float(float value, uint16_t* to) {
+  const uint32_t bits = bits_of(value);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  *to = nan ? uint16_t(bits >> 16 | 0x40u) : uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
 inline float half_value(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000u) << 16;
   const uint32_t rest = half & 0x7fffu;

@@ -30,6 +30,20 @@ MW_INLINE Floats floats_at(const float* from) {
   return value;
 }
 
+// Of bfloat16.
+MW_INLINE Floats floats_at(const uint16_t* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+#if defined(__AVX512F__)
+  const Words bits = Words(_mm512_cvtepu16_epi32(__m256i(halves))) << 16;
+#else
+  const Words bits = __builtin_convertvector(halves, Words) << 16;
+#endif
+  Floats value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // 16 fp8 numbers as float32, but for a power of two: `shift` brings their bits to where those of a
 // float32 are. Where there is an instruction for it they go by way of float16, whose smallest
 // numbers it takes at full speed; many CPUs need a hundred cycles for a product with float32's.

@@ -129,14 +129,16 @@ struct ScaleSearch {
 
 // Causal attention, float32. Mirrored by modewright.runtime.native.between.AttentionStruct.
 struct Attention {
-  const float *query, *key, *value;  // [batch][head][token][features]: features lie side by side,
-  float* out;                        // the others are so many floats apart; [batch][token][head][..]
+  const float* query;       // [batch][head][token][features]: features lie side by side, the others
+  const void *key, *value;  // are so many numbers apart
+  float* out;               // [batch][token][head][..]
   float* arranged;                   // room for the keys, or the scores of the next token
   int64_t batches, heads, kv_heads, tokens, features;
   int64_t query_batch, query_head, query_token;
   int64_t key_batch, key_head, key_token;
   int64_t value_batch, value_head, value_token;
   float scaling;
+  int32_t dtype;  // Dtype of keys and values; only float32 but for the next token
 };
 
 // One instruction set.
@@ -153,9 +155,9 @@ struct Isa {
   void (*float_dot)(const Weight&, const float* x, int64_t x_stride, int64_t rows, float* out,
                     int64_t first, int64_t last);
   void (*float_unpack)(const Weight&, void* to, Dtype, int64_t first, int64_t last);
-  void (*rms_norm)(const float* x, const float* weight, float* y, int64_t n, float eps,
-                   int64_t first, int64_t last);
-  void (*silu_gate)(float* gate, const float* up, int64_t first, int64_t last);
+  void (*rms_norm)(const void* x, const void* weight, void* y, Dtype, Dtype of_weight, int64_t n,
+                   float eps, int64_t first, int64_t last);
+  void (*silu_gate)(void* gate, const void* up, Dtype, int64_t first, int64_t last);
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t heads, int64_t features);
   void (*attend_next)(const Attention&, int64_t first, int64_t last);
   void (*attend_prepare)(const Attention&, int64_t first, int64_t last);  // null: there is none

@@ -79,13 +79,6 @@ bool make_plan(const Weight& w, const Isa& isa, Activation activation, Plan* pla
   return true;
 }
 
-uint16_t bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40u);
-  return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
 struct Output {
   void* y;
   Dtype dtype, bias_dtype;
@@ -98,7 +91,7 @@ const float* bias_of(const Output& out, int64_t n, float* room) {
   if (out.bias_dtype == kNone) return nullptr;
   if (out.bias_dtype == kF32) return static_cast<const float*>(out.bias);
   const uint16_t* from = static_cast<const uint16_t*>(out.bias);
-  for (int64_t i = 0; i < n; ++i) room[i] = float_of(uint32_t(from[i]) << 16);
+  for (int64_t i = 0; i < n; ++i) room[i] = float_at(from + i);
   return room;
 }
 
@@ -117,7 +110,7 @@ void finish(const Job& job, const Output& out, const float* bias, int64_t rows, 
     if (bias) add(bias + first, count, from);
     if (out.dtype == kBF16) {
       uint16_t* __restrict to = static_cast<uint16_t*>(out.y) + r * n + first;
-      for (int64_t i = 0; i < count; ++i) to[i] = bfloat16(from[i]);
+      for (int64_t i = 0; i < count; ++i) store_float(from[i], to + i);
     } else if (out.terms == 2) {
       std::memcpy(static_cast<float*>(out.y) + r * n + first, from, count * sizeof(float));
     }
@@ -281,20 +274,23 @@ MW_EXPORT int mw_tiles_linear(const Weight* weight, const void* x, int64_t rows,
   return 0;
 }
 
-// y = x / sqrt(mean(x^2) + eps) * weight; x, y: [rows][n].
-MW_EXPORT void mw_rms_norm(const float* x, const float* weight, float* y, int64_t rows, int64_t n,
-                           float eps, int place, int threads) {
-  const Isa* isa = isa_named(place);
-  parallel(threads, rows, 64, [=](int64_t first, int64_t last) {
-    isa->rms_norm(x, weight, y, n, eps, first, last);
+// y = x / sqrt(mean(x^2) + eps) * weight; x, y: [rows][n]. options: dtype of x and y | dtype of the
+// weight << 2 | instruction set << 7 | threads << 9, as those of mw_linear; so in what follows.
+MW_EXPORT void mw_rms_norm(const void* x, const void* weight, void* y, int64_t rows, int64_t n,
+                           float eps, int options) {
+  const Isa* isa = isa_named(options >> 7 & 3);
+  const Dtype dtype = Dtype(options & 3), of_weight = Dtype(options >> 2 & 3);
+  parallel(options >> 9, rows, 64, [=](int64_t first, int64_t last) {
+    isa->rms_norm(x, weight, y, dtype, of_weight, n, eps, first, last);
   });
 }
 
 // gate = silu(gate) * up, of so many numbers.
-MW_EXPORT void mw_silu_gate(float* gate, const float* up, int64_t count, int place, int threads) {
-  const Isa* isa = isa_named(place);
-  parallel(threads, count, 1 << 15, [=](int64_t first, int64_t last) {
-    isa->silu_gate(gate, up, first, last);
+MW_EXPORT void mw_silu_gate(void* gate, const void* up, int64_t count, int options) {
+  const Isa* isa = isa_named(options >> 7 & 3);
+  const Dtype dtype = Dtype(options & 3);
+  parallel(options >> 9, count, 1 << 15, [=](int64_t first, int64_t last) {
+    isa->silu_gate(gate, up, dtype, first, last);
   });
 }
 

@@ -39,8 +39,8 @@ inline void softmax(float* scores, int64_t count) {
 }
 
 // QUERIES heads of one token, which share their keys and values.
-template <int QUERIES>
-void attend_shared(const Attention& a, const float* query, const float* key, const float* value,
+template <int QUERIES, class T>
+void attend_shared(const Attention& a, const float* query, const T* key, const T* value,
                    float* scores, float* out) {
   for (int64_t t = 0; t < a.tokens; ++t) {
     Floats sum[QUERIES] = {};
@@ -61,13 +61,13 @@ void attend_shared(const Attention& a, const float* query, const float* key, con
   }
 }
 
-// One query of each head to all tokens: groups `first` to `last` of heads that share a key.
-void attend_next(const Attention& a, int64_t first, int64_t last) {
+template <class T>
+void attend_groups(const Attention& a, int64_t first, int64_t last) {
   const int64_t shared = a.heads / a.kv_heads;
   for (int64_t g = first; g < last; ++g) {
     const int64_t batch = g / a.kv_heads, head = g % a.kv_heads;
-    const float* key = a.key + batch * a.key_batch + head * a.key_head;
-    const float* value = a.value + batch * a.value_batch + head * a.value_head;
+    const T* key = static_cast<const T*>(a.key) + batch * a.key_batch + head * a.key_head;
+    const T* value = static_cast<const T*>(a.value) + batch * a.value_batch + head * a.value_head;
     for (int64_t q = 0; q < shared;) {
       const int64_t own = head * shared + q, left = shared - q;
       const float* query = a.query + batch * a.query_batch + own * a.query_head;
@@ -79,6 +79,11 @@ void attend_next(const Attention& a, int64_t first, int64_t last) {
       else attend_shared<1>(a, query, key, value, scores, out), q += 1;
     }
   }
+}
+
+// One query of each head to all tokens: groups `first` to `last` of heads that share a key.
+void attend_next(const Attention& a, int64_t first, int64_t last) {
+  a.dtype == kF32 ? attend_groups<float>(a, first, last) : attend_groups<uint16_t>(a, first, last);
 }
 
 }  // namespace
