@@ -65,8 +65,8 @@ inline void in_turns(__m512i& a, __m512i& b) {
   a = both;
 }
 
-// Where tile `chunk` of a block of rows lies: its rows are kBytes apart, so that tiles are read as
-// they lie, and rows of 4096 numbers do not meet in one line of the cache.
+// Where the tiles of 64 inputs lie of a block of up to 32 rows: these are kBytes apart, so that both
+// tiles are one run of memory, and rows of 4096 numbers do not meet in one line of the cache.
 inline int64_t tile_at(int64_t row, int64_t rows, int64_t chunk, int64_t padded) {
   return row * padded + chunk * rows * kBytes;
 }
@@ -75,8 +75,8 @@ inline int64_t tile_at(int64_t row, int64_t rows, int64_t chunk, int64_t padded)
 inline void interleave_rows(const Job& job) {
   const Plan& p = job.plan;
   const int64_t fields = p.fields, steps = p.padded / p.step;
-  for (int64_t row = 0; row < job.rows; row += kAmxRows) {
-    const int64_t left = job.rows - row, rows = left < kAmxRows ? left : kAmxRows;
+  for (int64_t row = 0; row < job.rows; row += 2 * kAmxRows) {
+    const int64_t left = job.rows - row, rows = left < 2 * kAmxRows ? left : 2 * kAmxRows;
     for (int64_t r = 0; r < rows; ++r) {
       const int8_t* from = job.codes + (row + r) * p.padded;
       int8_t* to = job.tiles + tile_at(row, rows, 0, p.padded) + r * kBytes;
@@ -178,20 +178,18 @@ struct EntryResults {
 };
 
 template <bool HIGH, bool TWO, bool LATER, class RESULTS>
-MW_AMX MW_INLINE void multiply_entry(const int8_t* low, const int8_t* high, int64_t rows,
-                                     const uint8_t* first, const uint8_t* second, int64_t chunks,
+MW_AMX MW_INLINE void multiply_entry(const int8_t* x, int64_t rows, const uint8_t* first, const uint8_t* second, int64_t chunks,
                                      EntrySums& to, RESULTS& before, int64_t share,
                                      TileAhead& ahead) {
   _tile_zero(0);
   if (HIGH) _tile_zero(1);
   if (TWO) _tile_zero(2);
   if (HIGH && TWO) _tile_zero(3);
-  const int64_t low_tile = kBytes * (HIGH ? kAmxRows : rows), high_tile = kBytes * (rows - kAmxRows);
-  for (int64_t c = 0; c < chunks; ++c, low += low_tile, high += high_tile) {
-    _tile_stream_loadd(4, low, kBytes);
+  for (int64_t c = 0; c < chunks; ++c, x += rows * kBytes) {
+    _tile_loadd(4, x, kBytes);
     _tile_loadd(6, first, kBytes);
     _tile_dpbsud(0, 4, 6);
-    if (HIGH) _tile_stream_loadd(5, high, kBytes);
+    if (HIGH) _tile_loadd(5, x + kAmxRows * kBytes, kBytes);
     if (HIGH) _tile_dpbsud(1, 5, 6);
     if (TWO) _tile_loadd(7, second, kBytes);
     if (TWO) _tile_dpbsud(2, 4, 7);
@@ -227,17 +225,15 @@ MW_AMX void amx_tiles(const Job& job, const Panel* panels, int64_t n, TileAhead 
     if (rows != shaped) shape_tiles(rows);
     shaped = rows;
     for (int64_t e = 0; e < p.entries; ++e) {
-      const int64_t low = rows < kAmxRows ? rows : kAmxRows;
-      const int8_t* x = job.tiles + tile_at(row, low, e * chunks, p.padded);
-      const int8_t* high = job.tiles + tile_at(row + kAmxRows, rows - low, e * chunks, p.padded);
+      const int8_t* x = job.tiles + tile_at(row, rows, e * chunks, p.padded);
       const uint8_t* first = panels[0].codes + e * p.entry * kLanes;
       const uint8_t* second = panels[TWO].codes + e * p.entry * kLanes;
       EntrySums& to = sums[turn];
       if (rows > kAmxRows)
-        multiply_entry<true, TWO, LATER>(x, high, rows, first, second, chunks, to, results, share,
+        multiply_entry<true, TWO, LATER>(x, rows, first, second, chunks, to, results, share,
                                           ahead);
       else
-        multiply_entry<false, TWO, LATER>(x, x, rows, first, second, chunks, to, results, share,
+        multiply_entry<false, TWO, LATER>(x, rows, first, second, chunks, to, results, share,
                                           ahead);
       results.begin(job, panels, row, rows, n, e, to);
       if (LATER) turn = 1 - turn;
