@@ -9,7 +9,7 @@ quantized activations simulated in float32: the portable backend, as the model w
 it.
 
     python benchmarks/runtime_model.py WORKSPACE [--recipes int4-packed int8-packed] [--json]
-        [--repeats 7] [--tokens 8] [--no-loss] [--static] [--compile]
+        [--repeats 7] [--tokens 8] [--no-loss] [--static] [--compile] [--bfloat16]
 
 WORKSPACE keeps the optimized models between calls.
 """
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--no-loss", action="store_true")
     parser.add_argument("--static", action="store_true", help="a cache of fixed size")
     parser.add_argument("--compile", action="store_true", help="packed models compiled, too")
+    parser.add_argument("--bfloat16", action="store_true", help="and packed models in bfloat16")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -159,6 +160,8 @@ def main() -> None:
     }
     for name, folder in folders.items():
         models[name] = modewright.restore(hf.build_from_config(folder), folder).eval()
+        if options.bfloat16:
+            models[f"{name}, bf16"] = copy.deepcopy(models[name]).bfloat16()
         if options.compile:
             models[f"{name}, compiled"] = torch.compile(models[name])
     losses = {} if options.no_loss or not folders else losses_of(models, folders, subject)

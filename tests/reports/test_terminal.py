@@ -54,6 +54,14 @@ def test_everything_that_was_measured_is_shown(result: Result) -> None:
         assert words in shown
 
 
+def test_only_what_is_simulated_is_said_to_be(result: Result) -> None:
+    packed = text_of(replace(result, size_after=500))
+
+    assert "Low precision is simulated" in text_of(result)
+    assert "simulated" not in packed
+    assert "if packed" not in packed
+
+
 def test_without_data_it_says_that_nothing_was_measured(result: Result) -> None:
     shown = text_of(replace(result, baseline=None, optimized=None, kl_divergence=None))
 

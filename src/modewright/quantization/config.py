@@ -377,7 +377,8 @@ class CompressConfig(ModeConfig):
     fuse: bool = Field(
         default=True,
         description="Run norms, gated activations, causal attention and, for the next token, whole "
-        "blocks by the kernel library where it has kernels for them: in float32 on a CPU.",
+        "blocks by the kernel library where it has kernels for them: in float32 and "
+        "bfloat16 on a CPU.",
     )
 
 

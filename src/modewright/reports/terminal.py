@@ -55,7 +55,7 @@ def result_table(result: Result) -> Table:
 def _add_quality(table: Table, result: Result) -> None:
     before, after = result.baseline, result.optimized
     table.add_row("weights as saved", size(result.size_before), size(result.size_after))
-    if result.packed_size is not None:
+    if result.packed_size is not None and result.packed_size < result.size_after:
         table.add_row("weights if packed", "", size(result.packed_size))
         table.caption = (
             "Low precision is simulated: weights are saved in their original dtype, with scales "
