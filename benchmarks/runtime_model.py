@@ -9,7 +9,8 @@ quantized activations simulated in float32: the portable backend, as the model w
 it.
 
     python benchmarks/runtime_model.py WORKSPACE [--recipes int4-packed int8-packed] [--json]
-        [--repeats 7] [--tokens 8] [--no-loss] [--static] [--compile] [--bfloat16]
+        [--repeats 7] [--tokens 8] [--prompt 64] [--no-loss] [--static] [--compile]
+        [--bfloat16]
 
 WORKSPACE keeps the optimized models between calls.
 """
@@ -39,7 +40,7 @@ from modewright.run.subject import open_subject
 from modewright.runtime.backends.choice import using
 
 MODEL = "demo:smollm2"
-PROMPT, LENGTH = 64, 512
+LENGTH = 512  # of a prefill
 
 
 class Nothing(nn.Module):
@@ -97,20 +98,24 @@ def processor_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - begin
 
 
-def static_cache(model: Any) -> Any:
+def static_cache(model: Any, tokens: int) -> Any:
     """Return a cache of fixed size."""
     import transformers
 
-    return transformers.StaticCache(config=model.config, max_cache_len=2 * PROMPT)
+    return transformers.StaticCache(config=model.config, max_cache_len=tokens)
 
 
-def measure(models: dict[str, Any], repeats: int, tokens: int, static: bool) -> dict[str, Any]:
+def measure(models: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Measure all models in turn."""
-    text = torch.randint(0, 1000, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens: int = options.tokens
+    most = max(LENGTH, options.prompt)
+    text = torch.randint(0, 1000, (1, most), generator=torch.Generator().manual_seed(0))
+    prompt, text = text[:, : options.prompt], text[:, :LENGTH]
     seen: dict[str, dict[str, list[float]]] = {n: {"decode": [], "prefill": []} for n in models}
-    for repeat in range(repeats + 1):
+    for repeat in range(options.repeats + 1):
         for name, model in models.items():
-            run = Decoding(model, text[:, :PROMPT], static_cache(model) if static else None)
+            size = options.prompt + tokens + 2
+            run = Decoding(model, prompt, static_cache(model, size) if options.static else None)
             run.step()
             decode = processor_seconds(lambda run=run: [run.step() for _ in range(tokens)]) / tokens
             fill = processor_seconds(lambda model=model: prefill(model, text))
@@ -143,6 +148,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=["int4-packed", "int8-packed"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens before those decoded")
     parser.add_argument("--no-loss", action="store_true")
     parser.add_argument("--static", action="store_true", help="a cache of fixed size")
     parser.add_argument("--compile", action="store_true", help="packed models compiled, too")
@@ -165,7 +171,7 @@ def main() -> None:
         if options.compile:
             models[f"{name}, compiled"] = torch.compile(models[name])
     losses = {} if options.no_loss or not folders else losses_of(models, folders, subject)
-    seen = measure(models, options.repeats, options.tokens, options.static)
+    seen = measure(models, options)
     rows = []
     for name, model in models.items():
         row: dict[str, Any] = {"name": name, "bytes": weight_bytes(model), "loss": losses.get(name)}

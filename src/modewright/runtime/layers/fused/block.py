@@ -18,6 +18,7 @@ from modewright.runtime.layers.fused.attention import (
     somewhere,
 )
 from modewright.runtime.layers.fused.base import FusedLayer, kernels_for
+from modewright.runtime.layers.fused.growing import append
 from modewright.runtime.layers.fused.pointwise import (
     eps_of,
     gate_formula,
@@ -75,7 +76,7 @@ class FusedBlock(FusedLayer):
         if not all(_of_one_token(turn, len(x), block.features) for turn in (cos, sin)):
             return None
         place = attention["layer_idx"]
-        return block.next_token(x, cos, sin, lambda key, value: cache.update(key, value, place))
+        return block.next_token(x, cos, sin, lambda key, value: append(cache, place, key, value))
 
     def _inner(self) -> tuple[Any, ...]:
         """Return the layers inside: the parts, and those that multiply, as :data:`WEIGHTS`."""

@@ -38,12 +38,21 @@ inline void softmax(float* scores, int64_t count) {
   for (t = 0; t < count; ++t) scores[t] *= factor;
 }
 
+constexpr int64_t kTokensAhead = 32;  // whose keys and values are fetched, and weighed at a time
+
+template <class T>
+MW_INLINE void fetch_numbers(const T* at, int64_t count, bool deep) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) fetch_line(at + i, deep);
+}
+
 // QUERIES heads of one token, which share their keys and values.
 template <int QUERIES, class T>
 void attend_shared(const Attention& a, const float* query, const T* key, const T* value,
                    float* scores, float* out) {
+  const bool deep = fetches_deep();
   for (int64_t t = 0; t < a.tokens; ++t) {
     Floats sum[QUERIES] = {};
+    fetch_numbers(key + (t + kTokensAhead) * a.key_token, a.features, deep);
     for (int64_t i = 0; i < a.features; i += kAtOnce) {
       const Floats part = floats_at(key + t * a.key_token + i);
       each<QUERIES>(EACH(q) { sum[q] += part * floats_at(query + q * a.query_head + i); });
@@ -51,13 +60,20 @@ void attend_shared(const Attention& a, const float* query, const T* key, const T
     each<QUERIES>(EACH(q) { scores[q * a.tokens + t] = sum_of(sum[q]) * a.scaling; });
   }
   for (int q = 0; q < QUERIES; ++q) softmax(scores + q * a.tokens, a.tokens);
-  for (int64_t i = 0; i < a.features; i += kAtOnce) {
-    Floats sum[QUERIES] = {};
-    for (int64_t t = 0; t < a.tokens; ++t) {
-      const Floats part = floats_at(value + t * a.value_token + i);
-      each<QUERIES>(EACH(q) { sum[q] += part * scores[q * a.tokens + t]; });
+  std::memset(out, 0, QUERIES * a.features * sizeof(float));
+  for (int64_t begin = 0; begin < a.tokens; begin += kTokensAhead) {
+    const int64_t end = begin + kTokensAhead < a.tokens ? begin + kTokensAhead : a.tokens;
+    for (int64_t t = begin; t < end; ++t)
+      fetch_numbers(value + (t + kTokensAhead) * a.value_token, a.features, deep);
+    for (int64_t i = 0; i < a.features; i += kAtOnce) {
+      Floats sum[QUERIES];
+      each<QUERIES>(EACH(q) { sum[q] = floats_at(out + q * a.features + i); });
+      for (int64_t t = begin; t < end; ++t) {
+        const Floats part = floats_at(value + t * a.value_token + i);
+        each<QUERIES>(EACH(q) { sum[q] += part * scores[q * a.tokens + t]; });
+      }
+      each<QUERIES>(EACH(q) { store_floats(sum[q], out + q * a.features + i); });
     }
-    each<QUERIES>(EACH(q) { store_floats(sum[q], out + q * a.features + i); });
   }
 }
 
