@@ -46,16 +46,16 @@ count = 0
 for isa in library().isas:
     for fmt in ("int2", "int3", "int4", "uint4", "uint5", "int6", "int7", "int8", "fp4_e2m1"):
         for fields in (group(32), group(64), {}):
-            for n, k in ((1, 1), (3, 65), (17, 127), (16, 128), (33, 576)):
-                for rows in (1, 3, 13):
+            for n, k in ((1, 1), (3, 65), (17, 127), (16, 128), (33, 576), (48, 1088)):
+                for rows, act in ((1, None), (3, None), (13, None), (13, "int8_token")):
                     weight = random_weight(fmt, n, k, **fields)
                     backend, x, bias = Native(isa), torch.randn(rows, k), torch.randn(n)
-                    if backend.refuses(Case(weight.spec, "cpu", x.dtype, None, rows)):
+                    if backend.refuses(Case(weight.spec, "cpu", x.dtype, act, rows)):
                         continue
-                    plain = backend.linear(x, backend.prepare(weight), bias, None, None)
+                    plain = backend.linear(x, backend.prepare(weight), bias, act, None)
                     guarded = weight.map(at_the_end)
                     y = backend.linear(
-                        at_the_end(x), backend.prepare(guarded), at_the_end(bias), None, None
+                        at_the_end(x), backend.prepare(guarded), at_the_end(bias), act, None
                     )
                     assert torch.equal(y, plain), (isa, fmt, fields, n, k, rows)
                     count += 1

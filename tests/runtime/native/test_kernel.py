@@ -229,6 +229,31 @@ def test_any_leading_shape_and_no_rows_at_all(isa: str) -> None:
     torch.testing.assert_close(run(weight, x[0, 0], isa=isa), y[0, 0])
 
 
+@each_isa
+@pytest.mark.parametrize("act", ["int8_token", "int8_tensor"])
+@pytest.mark.parametrize("rows", [3, 16, 17, 50, 128, 129])
+def test_long_rows_of_8_bits_with_one_scale_for_each(rows: int, act: str, isa: str) -> None:
+    scale = torch.tensor([[0.02]]) if act == "int8_tensor" else None
+    for fmt, n, k in (
+        ("int8", 80, 1088),
+        ("int8", 80, 1100),
+        ("int8", 83, 1024),
+        ("uint8", 48, 1024),
+    ):
+        weight, x, bias = random_weight(fmt, n, k), numbers(rows, k), numbers(n)
+
+        y = run(weight, x, bias, act, scale, isa=isa)
+
+        exact = portable_linear(x.double(), weight, bias.double(), act, scale)
+        torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4 * float(exact.std()))
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(3)
+            assert torch.equal(run(weight, x, bias, act, scale, isa=isa), y)
+        finally:
+            torch.set_num_threads(threads)
+
+
 def test_more_rows_than_one_part_holds() -> None:
     weight, x = random_weight("int4", 24, 64, **group(32)), numbers(2500, 64)
 

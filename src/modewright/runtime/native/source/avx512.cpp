@@ -3,7 +3,7 @@
 #include "kernel.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
-#include "avx512_amx.h"
+#include "avx512_amx_bytes.h"
 #include "avx512_attend.h"
 #include "avx512_dot.h"
 #include "avx512_panel.h"
@@ -69,11 +69,14 @@ struct InTiles {
 };
 
 void interleave_either(const Job& job) {
-  fills_tiles(job.plan) ? interleave_rows(job) : interleave(job);
+  if (lies_in_tiles(job)) turn_rows(job);
+  else fills_tiles(job.plan) ? interleave_rows(job) : interleave(job);
 }
 
 void panel_either(const Job& job, int64_t first, int64_t last) {
-  fills_tiles(job.plan) ? panel<InTiles>(job, first, last) : panel<InRegisters>(job, first, last);
+  if (lies_in_tiles(job)) multiply_as_they_lie(job, first, last);
+  else fills_tiles(job.plan) ? panel<InTiles>(job, first, last)
+                             : panel<InRegisters>(job, first, last);
 }
 
 const Isa kAmx = {"avx512", kBytes, 2, quantize, dot, interleave_either, panel_either,

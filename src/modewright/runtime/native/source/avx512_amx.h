@@ -178,7 +178,8 @@ struct EntryResults {
 };
 
 template <bool HIGH, bool TWO, bool LATER, class RESULTS>
-MW_AMX MW_INLINE void multiply_entry(const int8_t* x, int64_t rows, const uint8_t* first, const uint8_t* second, int64_t chunks,
+MW_AMX MW_INLINE void multiply_entry(const int8_t* x, int64_t rows, const uint8_t* first,
+                                     const uint8_t* second, int64_t chunks,
                                      EntrySums& to, RESULTS& before, int64_t share,
                                      TileAhead& ahead) {
   _tile_zero(0);

@@ -102,7 +102,8 @@ void attend_block(const Attention& a, int64_t batch, int64_t head, int64_t first
   float sums[kQueries];
   for (int64_t q = 0; q < kQueries; ++q)
     sums[q] = weigh(scores + q * stride, q < here ? first + q + 1 : seen, padded);
-  const float* values = static_cast<const float*>(a.value) + batch * a.value_batch + group * a.value_head;
+  const float* values =
+      static_cast<const float*>(a.value) + batch * a.value_batch + group * a.value_head;
   float* out = a.out + ((batch * a.tokens + first) * a.heads + head) * a.features;
   const int64_t out_token = a.heads * a.features;
   int64_t f = 0;

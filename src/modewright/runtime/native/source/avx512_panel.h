@@ -8,7 +8,7 @@
 namespace mw {
 namespace {
 
-inline void transpose(__m512i rows[16]) {
+MW_INLINE void transpose(__m512i (&rows)[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);

@@ -24,7 +24,7 @@ struct Store {
   __mmask16 there;  // outputs
 
   Store() = default;
-  Store(const Job& job, int64_t n) : y(job.result.y), narrow(job.result.dtype == kBF16) {
+  MW_INLINE Store(const Job& job, int64_t n) : y(job.result.y), narrow(job.result.dtype == kBF16) {
     const int64_t left = job.weight->n - n;
     there = left > 0 ? first_lanes(left) : __mmask16(0);
     if (job.result.bias) start = _mm512_maskz_loadu_ps(there, job.result.bias + n);

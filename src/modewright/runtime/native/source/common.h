@@ -13,6 +13,8 @@
 
 #include "kernel.h"
 
+#define MW_INLINE inline __attribute__((always_inline))
+
 namespace mw {
 namespace {
 
@@ -31,7 +33,7 @@ inline bool fetches_deep() {
 }
 
 // Has a line of a weight fetched that is read once: into the second cache, or past it.
-inline __attribute__((always_inline)) void fetch_line(const void* at, bool deep) {
+MW_INLINE void fetch_line(const void* at, bool deep) {
   if (deep) __builtin_prefetch(at, 0, 2);
   else __builtin_prefetch(at, 0, 0);
 }

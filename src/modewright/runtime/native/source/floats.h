@@ -22,8 +22,6 @@ typedef float Floats __attribute__((vector_size(64)));
 constexpr int64_t kAtOnce = 16;
 constexpr int64_t kFloatAhead = 4096;  // bytes that are fetched ahead
 
-#define MW_INLINE inline __attribute__((always_inline))
-
 MW_INLINE Floats floats_at(const float* from) {
   Floats value;
   std::memcpy(&value, from, sizeof value);

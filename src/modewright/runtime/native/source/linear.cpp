@@ -151,11 +151,12 @@ bool run(const Weight& w, const Isa& isa, const Plan& plan, const void* x, int64
   const bool direct = finished || (out.terms == 1 && out.dtype == kF32);
   const int64_t of_row = 4 * plan.entries + 2 * plan.blocks * lanes + (direct ? 0 : w.n);
   const size_t floats = size_t(all) * of_row + w.n;
-  Arena arena(2 * size_t(all) * plan.padded + 4 * floats + 11 * 64);
+  const int64_t tiled = many ? up(all, 32) * 32 : 0;  // rows of whole tiles
+  Arena arena(size_t(all + tiled) * plan.padded + 4 * floats + 11 * 64);
   if (!arena.memory) return false;
   Job job{&w, plan, all};
   job.codes = arena.take<int8_t>(all * plan.padded);
-  job.tiles = arena.take<int8_t>(all * plan.padded);
+  job.tiles = arena.take<int8_t>(tiled * plan.padded);
   job.scales = arena.take<float>(all * plan.entries);
   job.sums = arena.take<int32_t>(all * plan.entries);
   job.tile_scales = arena.take<float>(all * plan.entries);
