@@ -112,6 +112,7 @@ MW_AMX void multiply_outputs_of_bytes(const Job& job, int64_t n, ByteResults& re
   for (int64_t row = 0; row < job.rows; row += kByteRows, turn = 1 - turn) {
     const uint8_t* codes = w.packed + n * w.packed_stride;
     multiply_bytes<TWO>(codes, w.k, job.tiles + row * w.k, sums[turn], results, ahead);
+    results.finish();  // few inputs are multiplied in fewer steps than there are tiles
     results.sums = &sums[turn];
     results.row = row;
     results.n = n;
