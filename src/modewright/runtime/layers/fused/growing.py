@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 _ROOM = "_modewright_room"  # the attribute of a cache's layer that holds the larger tensors
-_FEWEST, _PART = 128, 4  # tokens that there is room for: a quarter of those there are, or so many
+_MANY = 192  # tokens, from which on copying them takes longer than finding out where to write
+_PART = 4  # of the tokens that there are is how many there is room for
 
 
 class _Room(NamedTuple):
@@ -48,19 +49,20 @@ def append(
     tokens = layer.keys.shape[2]
     room: _Room | None = layer.__dict__.get(_ROOM)
     if room is None or not _fits(room, layer, tokens):
-        more = tokens + max(_FEWEST, tokens // _PART)
+        more = tokens + tokens // _PART
         keys, values = (_enlarged(held, more) for held in (layer.keys, layer.values))
     else:
         keys, values = room.keys, room.values
-    keys[:, :, tokens : tokens + 1] = key
-    values[:, :, tokens : tokens + 1] = value
-    layer.keys, layer.values = keys[:, :, : tokens + 1], values[:, :, : tokens + 1]
-    setattr(layer, _ROOM, _Room(keys, values, layer.keys, layer.values))
-    return layer.keys, layer.values
+    keys.narrow(2, tokens, 1).copy_(key)
+    values.narrow(2, tokens, 1).copy_(value)
+    held = keys.narrow(2, 0, tokens + 1), values.narrow(2, 0, tokens + 1)
+    layer.keys, layer.values = held
+    layer.__dict__[_ROOM] = _Room(keys, values, *held)
+    return held
 
 
 def _growing_layer(cache: Any, place: int, key: torch.Tensor) -> Any:
-    """Return the layer of a cache that joins tensors and does nothing else, or ``None``."""
+    """Return the layer of a cache that would join long tensors and do nothing else, or ``None``."""
     layers = getattr(cache, "layers", ())
     if place >= len(layers) or getattr(cache, "offloading", False):
         return None
@@ -68,7 +70,9 @@ def _growing_layer(cache: Any, place: int, key: torch.Tensor) -> Any:
     keys = getattr(layer, "keys", None)
     if type(layer).__name__ != "DynamicLayer" or not isinstance(keys, torch.Tensor):
         return None
-    alike = keys.dim() == 4 and keys.shape[:2] == key.shape[:2] and keys.dtype is key.dtype
+    if keys.dim() != 4 or keys.shape[2] < _MANY:
+        return None
+    alike = keys.shape[:2] == key.shape[:2] and keys.dtype is key.dtype
     return layer if alike and keys.device == key.device and not keys.requires_grad else None
 
 

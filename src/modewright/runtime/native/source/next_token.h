@@ -52,7 +52,8 @@ void attend_shared(const Attention& a, const float* query, const T* key, const T
   const bool deep = fetches_deep();
   for (int64_t t = 0; t < a.tokens; ++t) {
     Floats sum[QUERIES] = {};
-    fetch_numbers(key + (t + kTokensAhead) * a.key_token, a.features, deep);
+    if (t + kTokensAhead < a.tokens)
+      fetch_numbers(key + (t + kTokensAhead) * a.key_token, a.features, deep);
     for (int64_t i = 0; i < a.features; i += kAtOnce) {
       const Floats part = floats_at(key + t * a.key_token + i);
       each<QUERIES>(EACH(q) { sum[q] += part * floats_at(query + q * a.query_head + i); });
@@ -63,8 +64,8 @@ void attend_shared(const Attention& a, const float* query, const T* key, const T
   std::memset(out, 0, QUERIES * a.features * sizeof(float));
   for (int64_t begin = 0; begin < a.tokens; begin += kTokensAhead) {
     const int64_t end = begin + kTokensAhead < a.tokens ? begin + kTokensAhead : a.tokens;
-    for (int64_t t = begin; t < end; ++t)
-      fetch_numbers(value + (t + kTokensAhead) * a.value_token, a.features, deep);
+    for (int64_t t = end; t < end + kTokensAhead && t < a.tokens; ++t)
+      fetch_numbers(value + t * a.value_token, a.features, deep);
     for (int64_t i = 0; i < a.features; i += kAtOnce) {
       Floats sum[QUERIES];
       each<QUERIES>(EACH(q) { sum[q] = floats_at(out + q * a.features + i); });
