@@ -22,10 +22,6 @@ void norm(const Block& b, int which, const float* x, int64_t texts, float* y, in
   mw_rms_norm(x, b.norms[which], y, texts, b.width, b.eps[which], options);
 }
 
-void add(const float* x, int64_t count, float* y) {
-  for (int64_t i = 0; i < count; ++i) y[i] += x[i];
-}
-
 // Floats for a moment, if there is memory.
 struct Room {
   float *at, *next;

@@ -95,10 +95,6 @@ const float* bias_of(const Output& out, int64_t n, float* room) {
   return room;
 }
 
-void add(const float* __restrict from, int64_t count, float* __restrict to) {
-  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-}
-
 // What kernels for few rows, or of two terms, leave to be done with columns `first` to `last` of
 // their results.
 void finish(const Job& job, const Output& out, const float* bias, int64_t rows, int64_t first,
