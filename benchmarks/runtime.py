@@ -35,6 +35,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from modewright.runtime.backends import Case, backends, choose
 from modewright.runtime.backends.portable import portable_linear
+from modewright.runtime.huge_pages import HugePages
 from modewright.runtime.packed_weight import PackedSpec, PackedWeight
 from peers.single_layers import PEERS
 
@@ -189,7 +190,10 @@ def packed(name: str, x: torch.Tensor, outputs: int, every: bool) -> list[Candid
         slow = backend.name == "portable" and backend is not picked
         if backend.refuses(case) is not None or slow or not (every or backend is picked):
             continue
-        weights = [weight.map(torch.clone) for _ in range(copies(weight.nbytes))]
+        memory = HugePages()  # as `compress` and restoring put them
+        weights = [
+            weight.map(lambda t: memory.moved(t.clone())) for _ in range(copies(weight.nbytes))
+        ]
         ready = [backend.prepare(each) for each in weights]
         calls = [lambda r=r, b=backend: b.linear(x, r, None, act, None) for r in ready]
         error = float((calls[0]() - exact).norm() / exact.norm())

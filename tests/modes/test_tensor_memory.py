@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modewright.errors import CheckpointError
-from modewright.modes import tensor_memory
-from modewright.modes.tensor_memory import CHUNK_BYTES, SMALL_BYTES, read_into_memory
+from modewright.modes.tensor_memory import read_into_memory
+from modewright.runtime import huge_pages
+from modewright.runtime.huge_pages import CHUNK_BYTES, SMALL_BYTES
 
 DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 DTYPES += [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -45,7 +44,7 @@ def test_every_dtype_and_shape_comes_back_aligned_and_alone_in_its_storage(
     tmp_path: Path, dtype: torch.dtype, huge: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not huge:
-        monkeypatch.setattr(tensor_memory, "_HUGE", None)
+        monkeypatch.setattr(huge_pages, "_HUGE", None)
     torch.manual_seed(0)
     shapes = [(), (0,), (3, 0, 2), (7,), (5, SMALL_BYTES), (1, 3, SMALL_BYTES + 1), (11, 13)]
     stored = {f"t{i}": random_tensor(dtype, *shape) for i, shape in enumerate(shapes)}
@@ -69,33 +68,6 @@ def test_tensors_that_fill_several_chunks_do_not_overlap(tmp_path: Path) -> None
     found = read(tmp_path / "t.safetensors")
     found["t0"].zero_()
     assert all(same_bytes(found[n], t) for n, t in stored.items() if n != "t0")
-
-
-def test_memory_is_freed_with_the_last_tensor_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if tensor_memory._HUGE is None:
-        pytest.skip("no huge pages on this system")
-    chunks: list[weakref.ref[object]] = []
-
-    class Watched(tensor_memory.mmap.mmap):
-        def __new__(cls, *args: int, **kwargs: int) -> Watched:
-            made = super().__new__(cls, *args, **kwargs)
-            chunks.append(weakref.ref(made))
-            return made
-
-    monkeypatch.setattr(tensor_memory.mmap, "mmap", Watched)
-    stored = {name: torch.ones(SMALL_BYTES) for name in ("one", "two")}
-    save_file(stored, tmp_path / "t.safetensors")
-    found = read(tmp_path / "t.safetensors")
-    assert len(chunks) == 1
-    del found["one"]
-    gc.collect()
-    assert chunks[0]() is not None
-    assert torch.equal(found["two"], stored["two"])
-    del found["two"]
-    gc.collect()
-    assert chunks[0]() is None
 
 
 def test_a_file_that_is_cut_off_meanwhile_is_an_error(tmp_path: Path) -> None:

@@ -3,20 +3,14 @@
 
 Nothing is mapped and copied: a tensor takes its bytes once. The memory is aligned to 64 bytes, as
 torch aligns it, wherever the bytes lie in the file: matrix kernels may choose another path, and
-other last bits, for memory that is not.
-
-Where the system has huge pages, tensors lie side by side in chunks of them: a multiplication that
-reads a weight once is held up by looking addresses up. A chunk is freed when all its tensors are;
-small tensors, which often outlive the others, do not lie there.
+other last bits, for memory that is not. What is large lies in huge pages
+(:mod:`modewright.runtime.huge_pages`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import math
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +18,8 @@ from typing import Any
 import torch
 
 from modewright.errors import CheckpointError
+from modewright.runtime.huge_pages import HugePages, large_bytes
 
-CHUNK_BYTES = 16 * 2**20
-SMALL_BYTES = 2**14
-_ALIGNMENT = 64
-_HUGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has them
 _PREFIX = 8  # bytes before the header that say how long it is
 _DTYPES = {
     "BOOL": torch.bool,
@@ -62,7 +53,7 @@ def read_into_memory(
     with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(_PREFIX), "little")
         header = json.loads(file.read(length))
-        memory = _Memory(sum(_large_bytes(header[name]) for name in names))
+        memory = HugePages(sum(_large_bytes(header[name]) for name in names))
         for name in names:
             entry = header[name]
             dtype = _DTYPES.get(entry["dtype"])
@@ -76,52 +67,9 @@ def read_into_memory(
             yield name, tensor
 
 
-class _Memory:
-    """Memory for tensors, one after the other.
-
-    Args:
-        large_bytes: How many bytes all tensors take that are not small.
-    """
-
-    def __init__(self, large_bytes: int) -> None:
-        self._to_come = large_bytes
-        self._chunk: mmap.mmap | None = None
-        self._used = 0
-
-    def take(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor whose values are yet to come."""
-        size = math.prod(shape) * dtype.itemsize
-        if size < SMALL_BYTES or _HUGE is None:
-            return torch.empty(shape, dtype=dtype)
-        needed = _aligned(size)
-        if self._chunk is None or self._used + needed > len(self._chunk):
-            self._chunk = mmap.mmap(
-                -1,
-                max(needed, min(self._to_come, CHUNK_BYTES)),
-                flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
-            )
-            with contextlib.suppress(OSError):  # a kernel without them serves as well
-                self._chunk.madvise(_HUGE)
-            self._used = 0
-        part = torch.frombuffer(self._chunk, dtype=torch.uint8, count=size, offset=self._used)
-        self._used += needed
-        self._to_come -= needed
-        return _over(part.untyped_storage(), shape, dtype)
-
-
-def _over(storage: torch.UntypedStorage, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return a contiguous tensor in given memory; it is no view of another tensor."""
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
-
-
 def _large_bytes(entry: dict[str, Any]) -> int:
     first, last = entry["data_offsets"]
-    return _aligned(last - first) if last - first >= SMALL_BYTES else 0
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+    return large_bytes(last - first)
 
 
 def _fill(tensor: torch.Tensor, file: io.FileIO, path: Path) -> None:

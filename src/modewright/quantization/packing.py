@@ -36,6 +36,7 @@ from modewright.quantization.layers.linear import (
 from modewright.quantization.layers.recurrent import RecurrentForward
 from modewright.quantization.quantizer import BUFFERS, Quantizer
 from modewright.runtime.activations import ActivationSpec
+from modewright.runtime.huge_pages import HugePages
 from modewright.runtime.layers import (
     LayerRecord,
     PackedConv,
@@ -108,6 +109,7 @@ class _PackedOnce:
 
     def __init__(self, scale_dtype: str) -> None:
         self._scale_dtype = scale_dtype
+        self._memory = HugePages()
         self._holders: dict[int, list[tuple[str, str, Quantizer, PackedWeight]]] = {}
         self.shared: dict[str, list[str]] = {}
 
@@ -122,6 +124,7 @@ class _PackedOnce:
                 self.shared[f"{path}:{name}"] = [other_path, other_name]
                 return weight
         weight = pack_parameter(layer, name, self._scale_dtype, where=path)
+        weight = weight.map(self._memory.moved)
         holders.append((path, name, quantizer, weight))
         return weight
 
