@@ -165,9 +165,9 @@ void dot_outputs(const Job& job, const Unpacker& u, int64_t n, const RowScales& 
   if (job.rows - row >= 1) dot_rows<KIND, TABLE, 1, OUTS>(job, u, n, row, rs);
 }
 
-// Outputs are read side by side, which shares what is read of x, where their rows lie within what is
-// fetched ahead. Codes of more bits leave memory less time: one after the other it is faster then.
-constexpr int64_t short_row(int bits) { return bits <= 4 ? 2048 : 1024; }
+// Outputs are read side by side, which shares what is read of x, where their rows are short. Long
+// ones keep memory busier one after the other.
+constexpr int64_t kShortRow = 1024;  // bytes
 
 template <Kind KIND, bool TABLE>
 void dot_kind(const Job& job, int64_t first, int64_t last) {
@@ -187,7 +187,7 @@ void dot_kind(const Job& job, int64_t first, int64_t last) {
   rs.lane_entry = _mm512_load_si512(lane_entry);
   rs.full_blocks = row_bytes(*job.weight) / (p.block_steps * u.step_bytes);
   int64_t n = first;
-  if (job.weight->packed_stride <= short_row(job.weight->num_bits))
+  if (job.weight->packed_stride <= kShortRow)
     for (; n + kOuts <= last; n += kOuts) dot_outputs<KIND, TABLE, kOuts>(job, u, n, rs);
   for (; n < last; ++n) dot_outputs<KIND, TABLE, 1>(job, u, n, rs);
   std::free(memory);

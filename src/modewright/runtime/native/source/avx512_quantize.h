@@ -15,6 +15,14 @@ inline __m512 load_numbers(const void* x, Dtype dtype, int64_t at, int64_t k) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+// Sixteen numbers that are all there.
+inline __m512 load_sixteen(const void* x, Dtype dtype, int64_t at) {
+  if (dtype == kF32) return _mm512_loadu_ps(static_cast<const float*>(x) + at);
+  const uint16_t* from = static_cast<const uint16_t*>(x) + at;
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
 inline uint32_t magnitude_at(const void* x, Dtype dtype, int64_t first, int64_t last, int64_t k) {
   __m512i largest = _mm512_setzero_si512();
   for (int64_t i = first; i < last; i += kLanes) {
@@ -93,10 +101,49 @@ struct Divider {
     return clamp(_mm512_fmadd_ps(rest, inverse, about), 127);
   }
 
+  // Of numbers of which none is larger than 127 units, where no division is needed.
+  __m512 within(__m512 value) const {
+    const __m512 about = _mm512_mul_ps(value, inverse);
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(about, unit, value), inverse, about);
+  }
+
   static __m512 clamp(__m512 value, float high) {
     return _mm512_max_ps(_mm512_min_ps(value, _mm512_set1_ps(high)), _mm512_set1_ps(-high - 1));
   }
 };
+
+// Four registers of whole numbers as 64 of int8, in their order.
+inline __m512i narrowed(const __m512i (&in)[4]) {
+  const __m512i low = _mm512_packs_epi32(in[0], in[1]), high = _mm512_packs_epi32(in[2], in[3]);
+  const __m512i fours = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(fours, _mm512_packs_epi16(low, high));
+}
+
+// A row that has one scale, in its own order, whose length is whole registers.
+template <bool WITHIN>
+void quantize_whole(const Job& job, const void* x, Dtype dtype, int64_t row, float scale) {
+  const int64_t k = job.weight->k, size = dtype == kF32 ? 4 : 2;
+  const Divider divide(scale);
+  int8_t* to = job.codes + row * job.plan.padded;
+  __m512i lanes = _mm512_setzero_si512();
+  for (int64_t i = 0; i < k; i += kBytes) {
+    __m512i part[4];
+    for (int q = 0; q < 4; ++q) {
+      const __m512 value = load_sixteen(x, dtype, i + q * kLanes);
+      part[q] = _mm512_cvtps_epi32(WITHIN ? divide.within(value) : divide(value));
+    }
+    const __m512i codes = narrowed(part);
+    _mm512_storeu_si512(to + i, codes);
+    lanes = _mm512_dpbusd_epi32(lanes, _mm512_set1_epi8(1), codes);
+    for (int64_t q = 0; q < size; ++q)
+      _mm_prefetch(static_cast<const char*>(x) + (k + i) * size + q * kBytes, _MM_HINT_T0);
+  }
+  _mm512_storeu_si512(job.starts + row * kLanes,
+                      _mm512_mullo_epi32(lanes, _mm512_set1_epi32(-job.weight->zero)));
+  _mm512_storeu_ps(job.lane_scales + row * kLanes, _mm512_set1_ps(scale));
+  job.sums[row] = _mm512_reduce_add_epi32(lanes);
+  job.scales[row] = scale;
+}
 
 void quantize(const Job& job, const void* x, Dtype dtype, int64_t row, Activation activation,
               float given, int terms) {
@@ -105,8 +152,14 @@ void quantize(const Job& job, const void* x, Dtype dtype, int64_t row, Activatio
   if (p.entry % kLanes) return quantize_row<kBytes>(job, x, dtype, row, activation, given, terms);
   const void* from = static_cast<const char*>(x) + row * k * (dtype == kF32 ? 4 : 2);
   float whole = given;
-  if (activation == kToken) whole = symmetric_scale(magnitude_at(from, dtype, 0, k, k));
+  if (activation == kToken || (activation == kGroup && p.entries == 1))
+    whole = symmetric_scale(magnitude_at(from, dtype, 0, k, k));
   if (activation == kTensor && magnitude_at(from, dtype, 0, k, k) > 0x7f800000u) whole = NAN;
+  if (p.entries == 1 && p.fields == 1 && k == p.padded && terms == 1) {
+    const bool within = activation != kTensor && !Divider(whole).divides;
+    return within ? quantize_whole<true>(job, from, dtype, row, whole)
+                  : quantize_whole<false>(job, from, dtype, row, whole);
+  }
   int8_t* natural = static_cast<int8_t*>(memory_of(2 * size));
   int8_t* rest = natural + size;
   for (int64_t b = 0; b < p.blocks; ++b) {
