@@ -191,9 +191,7 @@ def packed(name: str, x: torch.Tensor, outputs: int, every: bool) -> list[Candid
         if backend.refuses(case) is not None or slow or not (every or backend is picked):
             continue
         memory = HugePages()  # as `compress` and restoring put them
-        weights = [
-            weight.map(lambda t: memory.moved(t.clone())) for _ in range(copies(weight.nbytes))
-        ]
+        weights = [weight.map(torch.clone).map(memory.moved) for _ in range(copies(weight.nbytes))]
         ready = [backend.prepare(each) for each in weights]
         calls = [lambda r=r, b=backend: b.linear(x, r, None, act, None) for r in ready]
         error = float((calls[0]() - exact).norm() / exact.norm())

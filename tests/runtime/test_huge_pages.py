@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -61,7 +62,7 @@ def test_chunks_grow_with_what_was_taken_if_nobody_says_how_much_it_will_be(
     assert sizes(chunks) == [2**20 * size for size in (1, 1, 2, 4, 8, 16, 16)]
     assert max(sizes(chunks)) == CHUNK_BYTES
     places = sorted(tensor.data_ptr() for tensor in kept)
-    assert all(after - before >= 2**20 for before, after in zip(places, places[1:], strict=False))
+    assert all(after - before >= 2**20 for before, after in itertools.pairwise(places))
 
 
 def test_values_are_moved_as_they_are_and_small_tensors_stay() -> None:
