@@ -59,6 +59,17 @@ class ConfigView:
         setattr(object.__getattribute__(self, "_config"), name, value)
 
 
+def implementation_of(config: object) -> object:
+    """Return which attention a config of Transformers asks for, ``None`` if it is none.
+
+    A config looks up whatever is read of it in several steps; this goes past them.
+    """
+    try:
+        return object.__getattribute__(config, "_attn_implementation_internal")
+    except AttributeError:
+        return getattr(config, "_attn_implementation", None)
+
+
 def takes_function(module: nn.Module) -> bool:
     """Whether a layer takes the function that computes it from the table of Transformers."""
     return (

@@ -192,6 +192,31 @@ def test_a_block_is_its_formula(isa: str, texts: int, with_bias: bool, dtype: to
     assert (found - expected).norm() <= 3e-2 * expected.norm()
 
 
+@each_isa
+@pytest.mark.parametrize("texts", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_and_values_are_written_where_there_is_room(
+    isa: str, texts: int, dtype: torch.dtype
+) -> None:
+    block, tokens, room = Parts("uint4", group(64), True, dtype).native(isa), 20, 24
+    x = numbers(texts, 1, WIDTH).to(dtype)
+    cos, sin = numbers(2, texts, 1, FEATURES, seed=6).to(dtype)
+    keys, values = numbers(2, texts, KV_HEADS, room, FEATURES, seed=7).to(dtype)
+    expected = [keys.clone(), values.clone()]
+
+    def update(*new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for tensor, part in zip(expected, new, strict=True):
+            tensor[:, :, tokens - 1 : tokens] = part
+        return expected[0][:, :, :tokens], expected[1][:, :, :tokens]
+
+    result = block.next_token(x, cos, sin, update)
+    found = block.append_token(x, cos, sin, keys, values, tokens)
+
+    assert torch.equal(found, result)
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
+
+
 def test_inputs_that_are_quantized_take_their_scales() -> None:
     parts = Parts("int8", {}, False)
     x, (cos, sin) = numbers(2, 1, WIDTH), numbers(2, 1, 1, FEATURES, seed=6)
@@ -260,5 +285,10 @@ def test_tensors_that_were_moved_are_found() -> None:
         moved = tensor.clone()
         tensor.data.fill_(torch.nan)
         tensor.data = moved
+    for weight in parts.weights:
+        for tensor in (weight.packed, weight.scale):
+            moved = tensor.clone()
+            tensor.data.fill_(0)
+            tensor.data = moved
 
     assert torch.equal(block.next_token(x, cos, sin, lambda key, value: (key, value)), expected)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole block of a language model for the next token of a text, in two calls of the library.
+"""A whole block of a language model for the next token of a text, in one or two library calls.
 
 While a text is generated, each of a block's kernels takes some tens of microseconds, and calling it
 from Python takes about as long. Only the cache of keys and values stays outside.
@@ -31,6 +31,7 @@ class BlockStruct(ctypes.Structure):
         ("norms", ctypes.c_void_p * 2),
         ("eps", ctypes.c_float * 2),
         *((n, ctypes.c_int64) for n in ("width", "heads", "kv_heads", "features", "inner")),
+        ("scaling", ctypes.c_float),
         ("dtype", ctypes.c_int32),
     )
 
@@ -65,16 +66,20 @@ class NativeBlock:
         loaded = weights[0].kernels.loaded
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._begin, self._end = loaded.mw_block_begin, loaded.mw_block_end
+        self._next = loaded.mw_block_next
         self._begin.argtypes = [pointer, pointer, size, pointer, pointer, size]
+        self._next.argtypes = [*self._begin.argtypes, pointer, pointer, size, size, pointer, number]
         self._begin.argtypes += [pointer, pointer, pointer, number]
         self._end.argtypes = [*[pointer] * 4, number]
         self._place = BEST if isa is None else ISAS.index(isa)
         self._kept = (weights, biases, norms)
-        self._pointed = [tensor for tensor in (*norms, *biases) if tensor is not None]
+        pointed = [*norms, *biases, *(w.packed for w in weights), *(w.scale for w in weights)]
+        self._pointed = [tensor for tensor in pointed if tensor is not None]
         self._places: list[int] = []
         self._scaling, self.features, self.width = scaling, features, weights[0].columns
         self.heads, self.kv_heads = (weight.rows // features for weight in weights[:2])
         self._struct = BlockStruct(eps=eps, width=self.width, inner=weights[4].rows)
+        self._struct.scaling = scaling
         self.dtype = norms[0].dtype
         self._struct.dtype = DTYPES[self.dtype]
         self._struct.features, self._struct.heads = features, self.heads
@@ -88,14 +93,53 @@ class NativeBlock:
 
     def _locate(self) -> None:
         """Take the addresses anew that were changed: sharing a model's memory moves tensors."""
-        weights, biases, norms = self._kept
-        for weight in weights:
-            weight.update()
-        places = [tensor.data_ptr() for tensor in self._pointed]
+        places = list(map(torch.Tensor.data_ptr, self._pointed))
         if places != self._places:
             self._places = places
+            weights, biases, norms = self._kept
+            for weight in weights:
+                weight.locate()
             self._struct.biases[:] = [None if bias is None else bias.data_ptr() for bias in biases]
             self._struct.norms[:] = [norm.data_ptr() for norm in norms]
+
+    def append_token(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: int,
+    ) -> torch.Tensor:
+        """Return what :meth:`next_token` does, and write the token's key and value.
+
+        Args:
+            x: ``[texts, 1, width]``, contiguous, of the block's dtype.
+            cos: ``[texts or 1, 1, features]``, likewise: by how much queries and keys are turned.
+            sin: As ``cos``.
+            keys: ``[texts, key heads, room, features]``, likewise, of which those of the tokens
+                before are read, and that of the token is written.
+            values: As ``keys``.
+            tokens: How many there are with this one: ``room`` at most.
+
+        Returns:
+            ``[texts, 1, width]``.
+
+        Raises:
+            KernelError: Memory ran out.
+        """
+        self._locate()
+        result = torch.empty_like(x)
+        texts = len(x)
+        failed = self._next(
+            *(self._address, x.data_ptr(), texts, cos.data_ptr(), sin.data_ptr()),
+            self.features if len(cos) > 1 else 0,
+            *(keys.data_ptr(), values.data_ptr(), tokens, keys.shape[2], result.data_ptr()),
+            self._place << 7 | torch.get_num_threads() << 9,
+        )
+        if failed:
+            raise _failure(failed)
+        return result
 
     def next_token(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, update: _Update

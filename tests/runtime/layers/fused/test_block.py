@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -65,13 +66,16 @@ def steps(model: Any, prompt: torch.Tensor, count: int = 4) -> torch.Tensor:
 def tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count for how many texts blocks ran."""
     seen: list[int] = []
-    own = NativeBlock.next_token
 
-    def counting(self: NativeBlock, x: torch.Tensor, *args: Any) -> torch.Tensor:
-        seen.append(len(x))
-        return own(self, x, *args)
+    def counted(own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def counting(self: NativeBlock, x: torch.Tensor, *args: Any) -> torch.Tensor:
+            seen.append(len(x))
+            return own(self, x, *args)
 
-    monkeypatch.setattr(NativeBlock, "next_token", counting)
+        return counting
+
+    for name in ("append_token", "next_token"):
+        monkeypatch.setattr(NativeBlock, name, counted(getattr(NativeBlock, name)))
     return seen
 
 

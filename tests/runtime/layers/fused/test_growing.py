@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modewright.runtime.layers.fused.growing import append
+from modewright.runtime.layers.fused.growing import kind_of, room_of
 
 transformers = pytest.importorskip("transformers")
 FEATURES = 4
@@ -27,6 +27,22 @@ def filled(count: int = 200, **options: Any) -> Any:
     cache = transformers.DynamicCache(**options)
     cache.update(*token(count=count, seed=99), 0)
     return cache
+
+
+def append(
+    cache: Any, place: int, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a token as a block does; return the keys and values of all."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[place] if place < len(layers) else None
+    room = None if layer is None else room_of(cache, layer, kind_of(key))
+    if room is None:
+        found: tuple[torch.Tensor, torch.Tensor] = cache.update(key, value, place)
+        return found
+    for own, new in ((room.keys, key), (room.values, value)):
+        own.narrow(2, room.tokens, 1).copy_(new)
+    room.grow(layer)
+    return layer.keys, layer.values
 
 
 def held(cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,17 +131,28 @@ def test_what_inference_mode_made_is_not_written_to_outside() -> None:
     assert torch.equal(keys[:, :, -1:], token(seed=2)[0])
 
 
-CASES = ["empty", "short", "sliding", "another dtype", "gradient", "foreign"]
+def test_short_texts_get_room_for_some_tokens() -> None:
+    cache = filled(5)
+    with torch.no_grad():
+        places = {append(cache, 0, *token(seed=number))[0].data_ptr() for number in range(64)}
+
+    assert len(places) == 1
+    assert cache.get_seq_length() == 69
+
+
+CASES = ["empty", "values of another size", "sliding", "another dtype", "gradient", "foreign"]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_other_caches_do_it_themselves(case: str) -> None:
-    cache, place = filled(5 if case == "short" else 200), 0
+    cache, place = filled(), 0
     if case == "empty":
         place = 1
     if case == "sliding":
         cache.layers = [transformers.cache_utils.DynamicSlidingWindowLayer(sliding_window=300)]
         cache.update(*token(count=250), 0)
+    if case == "values of another size":
+        cache.layers[0].values = cache.layers[0].values.repeat(1, 1, 2, 1)
     if case == "another dtype":
         cache.layers[0].keys, cache.layers[0].values = (t.double() for t in held(cache))
     if case == "gradient":
@@ -135,7 +162,7 @@ def test_other_caches_do_it_themselves(case: str) -> None:
     keys, values = append(cache, place, *token(seed=1))
 
     assert torch.equal(keys[:, :, -1:].float(), token(seed=1)[0])
-    assert values.shape == keys.shape
+    assert torch.equal(values[:, :, -1:].float(), token(seed=1)[1])
     for layer in getattr(cache, "layers", ()):
         assert "_modewright_room" not in vars(layer)
 

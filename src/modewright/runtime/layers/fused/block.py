@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of language models: the next token of a text takes two calls of the kernel library."""
+"""Blocks of language models: the next token of a text takes one call of the kernel library."""
 
 from __future__ import annotations
 
-from operator import is_not
+from itertools import chain, repeat
+from operator import contains, is_not
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from modewright.layers.attention_table import names_in_forward
+from modewright.layers.attention_table import implementation_of, names_in_forward
 from modewright.runtime.backends.choice import native_plan
 from modewright.runtime.layers.fused.attention import (
     is_rotary_attention,
     rotary_formula,
     somewhere,
 )
-from modewright.runtime.layers.fused.base import FusedLayer, kernels_for
-from modewright.runtime.layers.fused.growing import append
+from modewright.runtime.layers.fused.base import FusedLayer, serves
+from modewright.runtime.layers.fused.growing import room_of
 from modewright.runtime.layers.fused.pointwise import (
     eps_of,
     gate_formula,
@@ -53,53 +54,61 @@ class FusedBlock(FusedLayer):
 
     def _next_token(self, x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor | None:
         """Return the output for one token of each text, or ``None`` if the kernels do not serve."""
-        cache: Any = next((given[name] for name in _CACHES if given.get(name) is not None), None)
-        where = given.get("position_embeddings")
-        if x.dim() != 3 or x.shape[1] != 1 or not 0 < len(x) <= _FEW_TEXTS:
+        where, block = given.get("position_embeddings"), self._native()
+        if block is None or x.dim() != 3 or x.shape[1] != 1 or not 0 < len(x) <= _FEW_TEXTS:
             return None
+        if given.get("attention_mask") is not None or given.get("output_attentions"):
+            return None
+        cache: Any = None
+        for name in _CACHES:
+            cache = given.get(name) if cache is None else cache
         if type(cache).__name__ != "DynamicCache" or not isinstance(where, tuple):
             return None
         cos, sin = where
-        if given.get("attention_mask") is not None or given.get("output_attentions"):
+        if not serves(x, cos, sin) or torch.is_autocast_enabled("cpu"):
+            return None
+        if block.dtype is not x.dtype or x.shape[2] != block.width or not x.is_contiguous():
+            return None
+        if not _of_one_token(cos, sin, len(x), block.features):
             return None
         attention: dict[str, Any] = cast(nn.Module, self._modules["self_attn"]).__dict__
-        config, inner = attention.get("config"), self._inner()
-        if getattr(config, "_attn_implementation", "") != "sdpa" or _is_watched(inner):
+        if implementation_of(attention.get("config")) != "sdpa":
             return None
-        if kernels_for(x, cos, sin) is None or torch.is_autocast_enabled("cpu"):
-            return None
-        block = self._native(inner)
-        if block is None or not x.is_contiguous() or x.shape[2] != block.width:
-            return None
-        if block.dtype is not x.dtype:
-            return None
-        if not all(_of_one_token(turn, len(x), block.features) for turn in (cos, sin)):
-            return None
-        place = attention["layer_idx"]
-        return block.next_token(x, cos, sin, lambda key, value: append(cache, place, key, value))
+        return self._appended(block, x, where, cache, attention["layer_idx"])
 
-    def _inner(self) -> tuple[Any, ...]:
-        """Return the layers inside: the parts, and those that multiply, as :data:`WEIGHTS`."""
+    def _appended(
+        self, block: NativeBlock, x: torch.Tensor, where: tuple[Any, Any], cache: Any, place: int
+    ) -> torch.Tensor:
+        """Return the output, and leave the token's key and value in the cache."""
+        layers = getattr(cache, "layers", ())
+        layer = layers[place] if place < len(layers) else None
+        kind = (len(x), block.kv_heads, block.features, x.dtype, x.device)
+        room = None if layer is None else room_of(cache, layer, kind)
+        if room is None:
+            return block.next_token(x, *where, lambda key, value: cache.update(key, value, place))
+        result = block.append_token(x, *where, room.keys, room.values, room.tokens + 1)
+        room.grow(layer)
+        return result
+
+    def _native(self) -> NativeBlock | None:
+        """Return the block as the kernels have it, made anew when something was replaced.
+
+        ``None`` if they do not serve, somebody wants to see what is inside, or changed it.
+        """
+        kept: _Kept | None = self.__dict__.get(KEPT)
+        if kept is None:
+            kept = self.__dict__[KEPT] = _Kept()
         parts: dict[str, Any] = self._modules
-        multiply = {**parts["self_attn"]._modules, **parts["mlp"]._modules}
-        return (*(parts[name] for name in _PARTS), *map(multiply.get, WEIGHTS))
-
-    def _native(self, inner: tuple[Any, ...]) -> NativeBlock | None:
-        """Return the block as the kernels have it, made anew when a tensor was replaced."""
-        norms, layers = (inner[0], inner[2]), inner[len(_PARTS) :]
-        tensors = [norm._parameters["weight"] for norm in norms]
-        for layer in layers:
-            buffers = layer._buffers
-            tensors += buffers.get("weight_packed"), buffers.get("weight_scale")
-            tensors += layer._parameters["bias"], buffers.get("input_scale")
-        kept: _Kept = self.__dict__.setdefault(KEPT, _Kept())
-        if len(kept.tensors) != len(tensors) or any(map(is_not, kept.tensors, tensors)):
-            kept.block, kept.tensors = self._made(norms, layers), tensors
-            if kept.block is None:
-                kept.tensors = []
+        if not kept.is_of(parts):
+            kept.take(parts)
+        if kept.is_watched() or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            return None
+        if kept.are_replaced():
+            kept.block = self._made(kept.norms, kept.multiply)
+            kept.tensors = [] if kept.block is None else kept.now()
         return kept.block
 
-    def _made(self, norms: tuple[Any, Any], layers: tuple[Any, ...]) -> NativeBlock | None:
+    def _made(self, norms: tuple[Any, Any], layers: list[Any]) -> NativeBlock | None:
         """Return a new one, or ``None`` if something else than the kernels serves a layer."""
         if not all(layer.__dict__.get("is_product") for layer in layers):
             return None
@@ -134,40 +143,74 @@ class FusedBlock(FusedLayer):
 
 
 class _Kept:
-    """What was made of a block: left out of copies and pickles, since it holds addresses."""
+    """What was made of a block: left out of copies and pickles, since it holds addresses.
+
+    It is compared with what is there for each token, so the dictionaries are kept that modules and
+    tensors are looked up in: this way, a comparison is a few calls, whatever the number of layers.
+    """
 
     def __init__(self) -> None:
         self.block: NativeBlock | None = None
         self.tensors: list[torch.Tensor | None] = []
+        self._modules: list[Any] = []
 
     def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
         return _Kept, ()
 
+    def is_of(self, parts: dict[str, Any]) -> bool:
+        """Whether the layers of a block are still those that were taken."""
+        if not self._modules:
+            return False
+        return [*parts.values(), *self._attention.values(), *self._mlp.values()] == self._modules
 
-def _is_watched(layers: tuple[Any, ...]) -> bool:
-    """Whether somebody wants to see what is inside a block, or changed it."""
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return True
-    return any(
-        layer is None
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-        or "forward" in layer.__dict__
-        for layer in layers
-    )
+    def take(self, parts: dict[str, Any]) -> None:
+        """Take note of the layers of a block; of none where they are no longer those of a block."""
+        self._attention, self._mlp = (
+            getattr(parts[name], "_modules", {}) for name in ("self_attn", "mlp")
+        )
+        children = {**self._attention, **self._mlp}
+        self.norms: tuple[Any, Any] = (parts[_PARTS[0]], parts[_PARTS[2]])
+        self.multiply: list[Any] = [children.get(name) for name in WEIGHTS]
+        layers = [*(parts[name] for name in _PARTS), *self.multiply]
+        self._whole = all(isinstance(layer, nn.Module) for layer in layers)
+        if not self._whole:
+            return
+        self._modules = [*parts.values(), *self._attention.values(), *self._mlp.values()]
+        self._hooks = [layer._forward_hooks for layer in layers]
+        self._hooks += [layer._forward_pre_hooks for layer in layers]
+        self._own = [layer.__dict__ for layer in layers]
+        self._stores = [layer._parameters for layer in (*self.norms, *self.multiply)]
+        self._stores += [layer._buffers for layer in self.multiply]
+        self.block, self.tensors = None, []
+
+    def is_watched(self) -> bool:
+        """Whether a layer has hooks, or a forward of its own; or is not there."""
+        if not self._whole or any(self._hooks):
+            return True
+        return any(map(contains, self._own, repeat("forward")))
+
+    def now(self) -> list[torch.Tensor | None]:
+        """Return the tensors of the layers."""
+        return list(chain.from_iterable(map(dict.values, self._stores)))
+
+    def are_replaced(self) -> bool:
+        """Whether the block was made of other tensors, or not made."""
+        now = self.now()
+        return len(now) != len(self.tensors) or any(map(is_not, now, self.tensors))
 
 
 def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
 
 
-def _of_one_token(turn: torch.Tensor, texts: int, features: int) -> bool:
-    """Whether these are the sines or cosines of one token of each text."""
+def _of_one_token(cos: torch.Tensor, sin: torch.Tensor, texts: int, features: int) -> bool:
+    """Whether these are the sines and cosines of one token of each text."""
+    shape = cos.shape
     return (
-        turn.dim() == 3
-        and turn.shape[0] in (1, texts)
-        and turn.shape[1:] == (1, features)
-        and turn.is_contiguous()
+        (shape == (1, 1, features) or shape == (texts, 1, features))
+        and sin.shape == shape
+        and cos.is_contiguous()
+        and sin.is_contiguous()
     )
 
 

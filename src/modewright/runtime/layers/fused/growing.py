@@ -10,80 +10,82 @@ nothing that was ever taken from it is written to.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, TypeGuard
 
 import torch
 
 _ROOM = "_modewright_room"  # the attribute of a cache's layer that holds the larger tensors
-_MANY = 192  # tokens, from which on copying them takes longer than finding out where to write
-_PART = 4  # of the tokens that there are is how many there is room for
+_PART = 4  # of the tokens that there are is how many there is room for,
+_FEWEST = 64  # or so many
 
 
-class _Room(NamedTuple):
-    """Larger tensors, ``[texts, heads, room, features]``, and what the cache has of them."""
+class Room:
+    """Larger tensors than a layer of a cache holds.
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    held_keys: torch.Tensor
-    held_values: torch.Tensor
+    Attributes:
+        keys: ``[texts, heads, room, features]``.
+        values: As ``keys``.
+        kind: What they are like, see :func:`kind_of`.
+        tokens: How many of them the layer has: the first ones.
+    """
+
+    __slots__ = ("_held_keys", "_held_values", "_size", "keys", "kind", "tokens", "values")
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy what a layer holds."""
+        self.kind, self.tokens = kind_of(keys), keys.shape[2]
+        self._size = self.tokens + max(self.tokens // _PART, _FEWEST)
+        self.keys, self.values = (_enlarged(held, self._size) for held in (keys, values))
+        self._held_keys, self._held_values = keys, values
+
+    def fits(self, layer: Any) -> bool:
+        """Whether a layer has what it was given last, and there is room that may be written to."""
+        return (
+            self._held_keys is layer.keys
+            and self._held_values is layer.values
+            and self.tokens < self._size
+            and (not self.keys.is_inference() or torch.is_inference_mode_enabled())
+        )
+
+    def grow(self, layer: Any) -> None:
+        """Give a layer one token more, which was written behind those that it has."""
+        self.tokens += 1
+        layer.keys = self._held_keys = self.keys.narrow(2, 0, self.tokens)
+        layer.values = self._held_values = self.values.narrow(2, 0, self.tokens)
 
 
-def append(
-    cache: Any, place: int, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add a token to a cache and return the keys and values of all tokens, as its ``update`` does.
+def kind_of(keys: torch.Tensor) -> tuple[int, int, int, torch.dtype, torch.device]:
+    """Return what tensors that belong together have in common: all but the number of tokens."""
+    texts, heads, _, features = keys.shape
+    return texts, heads, features, keys.dtype, keys.device
+
+
+def room_of(cache: Any, layer: Any, kind: tuple[Any, ...]) -> Room | None:
+    """Return where the next key and value of a layer may be written.
 
     Args:
         cache: A cache of Transformers, of any kind.
-        place: Of the layer.
-        key: ``[texts, heads, 1, features]``.
-        value: As ``key``.
+        layer: One of its layers.
+        kind: What the next key is like.
 
     Returns:
-        ``[texts, heads, tokens, features]`` each, features side by side.
+        ``None`` if the layer does something else than to join them, or holds nothing like them.
     """
-    layer = _growing_layer(cache, place, key)
-    if layer is None:
-        found: tuple[torch.Tensor, torch.Tensor] = cache.update(key, value, place)
-        return found
-    tokens = layer.keys.shape[2]
-    room: _Room | None = layer.__dict__.get(_ROOM)
-    if room is None or not _fits(room, layer, tokens):
-        more = tokens + tokens // _PART
-        keys, values = (_enlarged(held, more) for held in (layer.keys, layer.values))
-    else:
-        keys, values = room.keys, room.values
-    keys.narrow(2, tokens, 1).copy_(key)
-    values.narrow(2, tokens, 1).copy_(value)
-    held = keys.narrow(2, 0, tokens + 1), values.narrow(2, 0, tokens + 1)
-    layer.keys, layer.values = held
-    layer.__dict__[_ROOM] = _Room(keys, values, *held)
-    return held
+    room: Room | None = layer.__dict__.get(_ROOM)
+    if room is None or not room.fits(layer):
+        if type(layer).__name__ != "DynamicLayer" or getattr(cache, "offloading", False):
+            return None
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not _is_plain(keys) or not _is_plain(values) or keys.shape != values.shape:
+            return None
+        if not kind_of(keys) == kind_of(values) == kind:
+            return None
+        room = layer.__dict__[_ROOM] = Room(keys, values)
+    return room if room.kind == kind else None
 
 
-def _growing_layer(cache: Any, place: int, key: torch.Tensor) -> Any:
-    """Return the layer of a cache that would join long tensors and do nothing else, or ``None``."""
-    layers = getattr(cache, "layers", ())
-    if place >= len(layers) or getattr(cache, "offloading", False):
-        return None
-    layer = layers[place]
-    keys = getattr(layer, "keys", None)
-    if type(layer).__name__ != "DynamicLayer" or not isinstance(keys, torch.Tensor):
-        return None
-    if keys.dim() != 4 or keys.shape[2] < _MANY:
-        return None
-    alike = keys.shape[:2] == key.shape[:2] and keys.dtype is key.dtype
-    return layer if alike and keys.device == key.device and not keys.requires_grad else None
-
-
-def _fits(room: _Room, layer: Any, tokens: int) -> bool:
-    """Whether a layer has what it was given last, and there is room that may be written to."""
-    return (
-        room.held_keys is layer.keys
-        and room.held_values is layer.values
-        and tokens < room.keys.shape[2]
-        and (not room.keys.is_inference() or torch.is_inference_mode_enabled())
-    )
+def _is_plain(held: object) -> TypeGuard[torch.Tensor]:
+    return type(held) is torch.Tensor and held.dim() == 4 and not held.requires_grad
 
 
 def _enlarged(held: torch.Tensor, tokens: int) -> torch.Tensor:

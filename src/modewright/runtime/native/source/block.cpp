@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// One block of a language model for the next token of each text: two calls, between which the cache
-// takes the new key and value. Each does what the entry points of linear.cpp do, one after the other.
+// One block of a language model for the next token of each text: one call where the cache has room for
+// the new key and value, or two, between which it takes them. They do what the entry points of
+// linear.cpp do, one after the other.
 #include "block.h"
 
 #include <cstdlib>
+#include <cstring>
 
 #include "common.h"
 
@@ -109,6 +111,31 @@ MW_EXPORT int mw_block_end(const Block* block, const void* x, Attention* attenti
   add(hidden, size, result);
   narrow(result, size, y, b.dtype);
   return 0;
+}
+
+// Both, with keys and values that have room: [texts][kv_heads][room][features]. The new ones are
+// written where the last of `tokens` belong.
+MW_EXPORT int mw_block_next(const Block* block, const void* x, int64_t texts, const void* cos,
+                            const void* sin, int64_t stride, void* keys, void* values,
+                            int64_t tokens, int64_t room, void* y, int options) {
+  const Block& b = *block;
+  const int64_t f = b.features, heads = texts * b.kv_heads, row = b.heads * f;
+  const size_t bytes = size_t(f) * (b.dtype == kF32 ? 4 : 2);
+  Room here(texts * row + 2 * heads * f);
+  if (!here.at) return 2;
+  float* query = here.take(texts * row);
+  void *key = here.take(heads * f), *value = here.take(heads * f);
+  const int failed = mw_block_begin(block, x, texts, cos, sin, stride, query, key, value, options);
+  if (failed) return failed;
+  for (int64_t h = 0; h < heads; ++h) {
+    const size_t from = h * bytes, to = (h * room + tokens - 1) * bytes;
+    std::memcpy(static_cast<char*>(keys) + to, static_cast<char*>(key) + from, bytes);
+    std::memcpy(static_cast<char*>(values) + to, static_cast<char*>(value) + from, bytes);
+  }
+  const int64_t head = room * f, text = b.kv_heads * head;
+  Attention attention = {query, keys, values, nullptr, nullptr, texts, b.heads, b.kv_heads, tokens,
+                         f, row, f, f, text, head, f, text, head, f, b.scaling, b.dtype};
+  return mw_block_end(block, x, &attention, y, options);
 }
 
 }  // extern "C"

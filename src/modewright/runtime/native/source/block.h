@@ -18,6 +18,7 @@ struct Block {
   const void* norms[2];                // of attention, and of what follows
   float eps[2];
   int64_t width, heads, kv_heads, features, inner;
+  float scaling;  // of scores
   int32_t dtype;  // Dtype of biases, norms, and what goes in and out
 };
 
