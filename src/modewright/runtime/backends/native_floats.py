@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from modewright.runtime.backends.base import Backend, Case, cpu_problem, fitting
 from modewright.runtime.backends.buffered import fast_bfloat16, kept_buffer
+from modewright.runtime.backends.native_tiles import multiply_in_tiles
 from modewright.runtime.backends.portable import simulated
 from modewright.runtime.native.library import (
     BEST,
@@ -29,6 +30,9 @@ _BEYOND = 16  # floats after a row that the kernel may read
 class NativeFloats(Backend):
     """Few rows are multiplied straight from the packed bytes; for many they are unpacked first.
 
+    On CPUs with tiles some rows are multiplied there, as
+    :class:`~modewright.runtime.backends.native_tiles.NativeTiles` does it.
+
     Args:
         isa: The instruction set, for tests; the best one by default.
     """
@@ -38,7 +42,9 @@ class NativeFloats(Backend):
     needs = "a C++ compiler at first use, or a wheel with the library"
     accuracy = 1e-2
     few = 4
-    """So many rows are multiplied without unpacking."""
+    """So many rows are multiplied without unpacking, and"""
+    fewer = 2
+    """so many on CPUs with tiles, in which more are multiplied."""
 
     def __init__(self, isa: str | None = None) -> None:
         self._isa = isa
@@ -67,6 +73,8 @@ class NativeFloats(Backend):
         act_scale: torch.Tensor | None,
     ) -> torch.Tensor:
         rows = simulated(x, act, act_scale).reshape(-1, prepared.columns)
+        if len(rows) > self.fewer and prepared.in_tiles and self._isa is None:
+            return multiply_in_tiles(rows, prepared, bias).view(*x.shape[:-1], prepared.rows)
         prepared.update()
         if len(rows) > self.few:
             return self._unpacked(rows, prepared, bias, x)

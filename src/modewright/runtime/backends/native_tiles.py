@@ -31,7 +31,6 @@ from modewright.runtime.packed_weight import PackedWeight
 
 _LONG, _WIDE = 128, 1024  # inputs of a group, and of all, from which int8 products are faster
 _SHORT = 64  # inputs of a group, below which they are slow
-_AT_ONCE = 2048  # inputs that are unpacked at a time
 _LOOKED_UP = 6  # bits of a code, up to which unpacking is a look-up, and fast
 
 
@@ -76,34 +75,44 @@ class NativeTiles(Backend):
         act: str | None,
         act_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        x = simulated(x, act, act_scale)
-        kind = DTYPES.get(x.dtype)
-        if kind is None:
-            return self.linear(x.float(), prepared, bias, None, None).to(x.dtype)
-        x = x.contiguous()
-        result = x.new_empty(*x.shape[:-1], prepared.rows)
-        added = None if bias is None else bias.float().contiguous()
-        prepared.update()
-        failed = prepared.kernels.tiles_linear(
-            prepared.address,
-            x.data_ptr(),
-            x.numel() // prepared.columns,
-            None if added is None else added.data_ptr(),
-            result.data_ptr(),
-            kind,
-            BEST,
-            torch.get_num_threads(),
-        )
-        if failed:
-            raise KernelError("the kernel cannot multiply by this weight: memory ran out.")
-        return result
+        return multiply_in_tiles(simulated(x, act, act_scale), prepared, bias)
+
+
+def multiply_in_tiles(
+    x: torch.Tensor, prepared: NativeWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return ``x @ weight.T + bias`` with both as bfloat16.
+
+    Raises:
+        KernelError: Memory ran out.
+    """
+    kind = DTYPES.get(x.dtype)
+    if kind is None:
+        return multiply_in_tiles(x.float(), prepared, bias).to(x.dtype)
+    x = x.contiguous()
+    result = x.new_empty(*x.shape[:-1], prepared.rows)
+    added = None if bias is None else bias.float().contiguous()
+    prepared.update()
+    failed = prepared.kernels.tiles_linear(
+        prepared.address,
+        x.data_ptr(),
+        x.numel() // prepared.columns,
+        None if added is None else added.data_ptr(),
+        result.data_ptr(),
+        kind,
+        BEST,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise KernelError("the kernel cannot multiply by this weight: memory ran out.")
+    return result
 
 
 def least_rows(spec: PackedSpec) -> int:
     """Return up to how many rows another kernel is faster."""
     if format_problem(spec) is not None:
         return FEW_ROWS
-    unpacks_fast = spec.num_bits <= _LOOKED_UP and spec.shape[1] <= _AT_ONCE
+    unpacks_fast = spec.num_bits <= _LOOKED_UP
     return SOME_ROWS if spec.tile[1] < _SHORT or unpacks_fast else MORE_ROWS
 
 

@@ -183,10 +183,14 @@ def struct_of_spec(spec: PackedSpec) -> tuple[WeightStruct, list[ctypes.Array[An
 
 
 class NativeWeight:
-    """A packed weight as the kernel reads it: where its tensors are. Nothing is copied."""
+    """A packed weight as the kernel reads it: where its tensors are. Nothing is copied.
+
+    Attributes:
+        in_tiles: Whether :attr:`Library.tiles_linear` can multiply by it.
+    """
 
     __slots__ = (
-        *("address", "columns", "kept", "kernels", "multiply"),
+        *("address", "columns", "in_tiles", "kept", "kernels", "multiply"),
         *("packed", "packed_at", "rows", "scale", "scale_at"),
     )
 
@@ -196,6 +200,7 @@ class NativeWeight:
             struct.multiplier *= float(weight.global_scale)
         self.multiply, self.kernels = kernels.linear, kernels
         self.rows, self.columns = weight.spec.shape
+        self.in_tiles = kernels.has_tiles and tiles_problem(weight.spec) is None
         self.packed, self.scale = weight.packed, weight.scale
         self.kept = (struct, tables, weight.zero_point)
         self.address = ctypes.addressof(struct)

@@ -106,11 +106,16 @@ constexpr int64_t kAmxSoon = 12;
 // The others, little by little while these are multiplied.
 struct TileAhead {
   const uint8_t* at = nullptr;
-  int64_t bytes = 0;  // at a step
+  int64_t bytes = 0;                       // at a step
+  int64_t length = INT64_MAX, stride = 0;  // of what lies side by side, and from one to the next
+  int64_t place = 0;
 
   MW_INLINE void step() {
-    for (int64_t i = 0; i < bytes; i += kBytes) fetch_line(at + i, true);
-    at += bytes;
+    for (int64_t i = 0; i < bytes; i += kBytes) fetch_line(at + place + i, true);
+    place += bytes;
+    if (place < length) return;
+    place -= length;
+    at += stride;
   }
 };
 

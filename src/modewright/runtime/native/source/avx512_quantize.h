@@ -18,9 +18,9 @@ inline __m512 load_numbers(const void* x, Dtype dtype, int64_t at, int64_t k) {
 // Sixteen numbers that are all there.
 inline __m512 load_sixteen(const void* x, Dtype dtype, int64_t at) {
   if (dtype == kF32) return _mm512_loadu_ps(static_cast<const float*>(x) + at);
-  const uint16_t* from = static_cast<const uint16_t*>(x) + at;
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  const void* from = static_cast<const uint16_t*>(x) + at;
+  const __m256i narrow = _mm256_loadu_si256(static_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
 }
 
 inline uint32_t magnitude_at(const void* x, Dtype dtype, int64_t first, int64_t last, int64_t k) {

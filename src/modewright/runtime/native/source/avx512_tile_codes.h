@@ -15,8 +15,11 @@ inline __mmask32 first_of_tile(int64_t count) {
 }
 
 // How codes become numbers: of up to 6 bits by a table of what a group has, scaled, if groups are
-// whole tiles; of 4 bits by two tables for the halves of a tile; whole numbers of 8 bits; fp8.
-enum Codes { kLookedUp, kFine, kWhole, kFloating };
+// whole tiles; of 4 bits by two tables for the halves of a tile; whole numbers of 8 bits; fp8; and
+// both of these without scales, if a row has only one: results are scaled then.
+enum Codes { kLookedUp, kFine, kWhole, kFloating, kPlainWhole, kPlainFloating };
+
+constexpr bool is_plain(Codes codes) { return codes == kPlainWhole || codes == kPlainFloating; }
 
 // Scaled numbers of one weight as bfloat16, 32 at a time.
 template <Codes CODES, int BITS>
@@ -24,14 +27,24 @@ struct TileUnpacker {
   alignas(64) float numbers[64] = {};
   const Weight& w;
   __m256i gather, shifts;
-  __m128i mantissa;  // how far that of fp8 is from that of float16
+  __m128i mantissa;  // how far that of fp8 is from that of float16, or without scales of bfloat16
   float factor, zero;
+  __m512i exponent, smallest, below;  // see plain()
 
   explicit TileUnpacker(const Weight& weight) : w(weight) {
     const bool floats = CODES == kFloating;
     mantissa = _mm_cvtsi32_si128(floats ? w.float_shift - 13 : 0);
     factor = floats ? w.float_factor * 0x1p-112f : 1.0f;
     zero = floats ? 0.0f : float(w.zero);
+    if (CODES == kPlainFloating) {
+      mantissa = _mm_cvtsi32_si128(w.float_shift - 16);
+      exponent = _mm512_set1_epi16(int16_t(bits_of(w.float_factor) - bits_of(1.0f) >> 16));
+      below = _mm512_set1_epi16(int16_t(0x80 - (1 << (23 - w.float_shift))));
+      alignas(64) uint16_t values[kTileInputs];
+      for (uint32_t code = 0; code < kTileInputs; ++code)
+        values[code] = uint16_t(bits_of(float_of(code << w.float_shift) * w.float_factor) >> 16);
+      smallest = _mm512_load_si512(values);
+    }
     if (w.values) std::memcpy(numbers, w.values, sizeof numbers);
     const Unpacker whole(w);
     gather = _mm512_castsi512_si256(whole.gather);
@@ -118,6 +131,39 @@ struct TileUnpacker {
     }
     if (count < kTileInputs) found = _mm512_maskz_mov_epi16(first_of_tile(count), found);
     _mm512_store_si512(to, found);
+  }
+
+  // Numbers of a row without their scale, which bfloat16 holds exactly, into a row of one or two
+  // tiles: 64, or up to 64.
+  template <bool ALL>
+  MW_TILES void plain(const uint8_t* from, int64_t count, uint16_t* to) const {
+    for (int tile = 0; tile < 2; ++tile, from += kTileInputs, count -= kTileInputs) {
+      if (!ALL && count <= 0) return;
+      const __m256i raw = ALL ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                              : load(from, count);
+      __m512i found = CODES == kPlainFloating ? plain_floats(raw) : plain_whole(raw);
+      if (!ALL) found = _mm512_maskz_mov_epi16(first_of_tile(count), found);
+      _mm512_store_si512(to + tile * kTile, found);
+    }
+  }
+
+  // By their bits; the smallest ones, which have no exponent, from a table.
+  MW_TILES __m512i plain_floats(__m256i codes) const {
+    const __m512i wide = _mm512_cvtepu8_epi16(codes), low = _mm512_set1_epi16(0x7f);
+    const __m512i rest = _mm512_sll_epi16(_mm512_and_si512(wide, low), mantissa);
+    const __m512i usual = _mm512_add_epi16(rest, exponent);
+    const __mmask32 small = _mm512_testn_epi16_mask(wide, below);
+    const __m512i size = _mm512_mask_permutexvar_epi16(usual, small, wide, smallest);
+    const __m512i sign = _mm512_set1_epi16(int16_t(0x8000));
+    return _mm512_ternarylogic_epi64(size, _mm512_slli_epi16(wide, 8), sign, 0xf8);
+  }
+
+  MW_TILES __m512i plain_whole(__m256i codes) const {
+    const __m512i less = _mm512_set1_epi32(w.zero);
+    const __m512i low = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes));
+    const __m512i high = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1));
+    return __m512i(_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_sub_epi32(high, less)),
+                                       _mm512_cvtepi32_ps(_mm512_sub_epi32(low, less))));
   }
 };
 

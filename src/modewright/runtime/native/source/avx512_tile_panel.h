@@ -43,7 +43,9 @@ class PanelFiller {
   // Floats that it works in.
   static int64_t room(const Weight& w) { return 2 * kPanelOutputs * (groups_of(w) + 1); }
 
-  MW_TILES void fill(const TilePart& part, uint16_t* panel) const {
+  // Fills a panel; `fetches`: while the codes of the next outputs are asked for.
+  MW_TILES void fill(const TilePart& part, uint16_t* panel, bool fetches) const {
+    const int64_t next = fetches ? kPanelOutputs * w.packed_stride : 0;
     read_all_scales(part);
     const int64_t begin = part.chunk * plan.tiles * kTileInputs;
     const int64_t all = begin + plan.tiles * kTileInputs, end = all < w.k ? all : w.k;
@@ -53,7 +55,7 @@ class PanelFiller {
         const int64_t g = i / group;
         int64_t stop = i + kTiles * kTileInputs < end ? i + kTiles * kTileInputs : end;
         if (CODES == kLookedUp && stop > (g + 1) * group) stop = (g + 1) * group;
-        unpack(part.n + half, half, g, i, stop, tile);
+        unpack(part.n + half, half, g, i, stop, tile, next);
         for (; i < stop; i += kTileInputs, tile += kTile) turn_tile(tile);
       }
       const uint16_t* stop = panel + (half / kTileRows + 1) * plan.tiles * kTile;
@@ -61,20 +63,31 @@ class PanelFiller {
     }
   }
 
+  // What results are to be multiplied with, if numbers are unpacked without scales.
+  void scales_of_outputs(float* to) const {
+    for (int64_t r = 0; r < kPanelOutputs; ++r) to[r] = scales[r * stride];
+  }
+
  private:
-  static constexpr int64_t kTiles = CODES == kLookedUp ? 2 : 1;  // that are unpacked at a time
+  static constexpr int64_t kTiles = CODES == kLookedUp || is_plain(CODES) ? 2 : 1;  // at a time
 
   int64_t there(int64_t n) const { return n < w.n ? n : w.n - 1; }
 
-  // Inputs i to `stop` of 16 outputs, which begin in group g.
-  MW_TILES void unpack(int64_t n, int64_t row, int64_t g, int64_t i, int64_t stop,
-                       uint16_t* to) const {
+  // Inputs i to `stop` of 16 outputs, which begin in group g. What is to be fetched meanwhile is
+  // `next_codes` further, if that is not 0.
+  MW_TILES void unpack(int64_t n, int64_t row, int64_t g, int64_t i, int64_t stop, uint16_t* to,
+                       int64_t next_codes) const {
     const float *scale = scales + row * stride + g, *zero = zeros + row * stride + g;
     const int64_t count = stop - i;
     const bool all = count == 2 * kTileInputs, next = i + 16 >= (g + 1) * group;
     for (int64_t r = 0; r < kTileRows; ++r, scale += stride, zero += stride, to += kTileInputs) {
       const uint8_t* codes = w.packed + there(n + r) * w.packed_stride + i * BITS / 8;
-      if (CODES != kLookedUp) {
+      if (next_codes && i * BITS / 8 % kBytes < kTiles * 4 * BITS)  // once for each line
+        fetch_line(codes + next_codes, true);
+      if (is_plain(CODES)) {
+        all ? unpacker.template plain<true>(codes, count, to)
+            : unpacker.template plain<false>(codes, count, to);
+      } else if (CODES != kLookedUp) {
         const float both[2] = {*scale, scale[next]}, shift[2] = {*zero, zero[next]};
         unpacker.convert(codes, count, both, shift, to);
       } else if (all) {

@@ -44,11 +44,17 @@ struct TileCopy {
   float* to = nullptr;
   int64_t stride = 0, rows = 0;  // floats; rows that are left
   int64_t fetched = 0;           // floats from `to` to what is read soon, or 0
+  const float* scale = nullptr;  // of each output, or null
+  const float* start = nullptr;  // what scaled sums are added to, or null: to what is there
 
   MW_TILES MW_INLINE void step(int64_t most) {
     for (; most > 0 && rows > 0; --most, --rows, from += kPanelOutputs, to += stride) {
-      _mm512_storeu_ps(to, _mm512_load_ps(from));
-      _mm512_storeu_ps(to + kLanes, _mm512_load_ps(from + kLanes));
+      for (int64_t i = 0; i < kPanelOutputs; i += kLanes) {
+        __m512 sum = _mm512_load_ps(from + i);
+        const float* added = (start ? start : to) + i;
+        if (scale) sum = _mm512_fmadd_ps(sum, _mm512_load_ps(scale + i), _mm512_loadu_ps(added));
+        _mm512_storeu_ps(to + i, sum);
+      }
       if (!fetched) continue;
       __builtin_prefetch(to + fetched);
       __builtin_prefetch(to + fetched + kLanes);
@@ -89,15 +95,48 @@ MW_TILES MW_INLINE void multiply_tiles(const uint16_t* x, const uint16_t* panel,
   if (HIGH) _tile_stored(3, sums[kTileRows] + kLanes, kRow);
 }
 
+// What the product of some outputs works in.
+struct TileRoom {
+  char* memory;
+  uint16_t* panel;  // two times 16 outputs
+  TileSums* sums;   // two, in turns
+  float* start;     // what sums of 32 outputs begin with: the bias, or 0
+  float* scale;     // of these outputs, and
+  float* added;     // what scaled sums are added to: then sums begin with 0
+  float* floats;
+
+  TileRoom(const TilePlan& plan, int64_t count) {
+    const size_t codes = 2 * plan.tiles * kTile * sizeof *panel, all = 2 * sizeof *sums;
+    const size_t others = (3 * kPanelOutputs + count) * sizeof(float);
+    memory = static_cast<char*>(memory_of(codes + all + others));
+    panel = reinterpret_cast<uint16_t*>(memory);
+    sums = reinterpret_cast<TileSums*>(memory + codes);
+    start = reinterpret_cast<float*>(memory + codes + all);
+    scale = start + kPanelOutputs;
+    added = scale + kPanelOutputs;
+    floats = added + kPanelOutputs;
+  }
+  ~TileRoom() { std::free(memory); }
+
+  void begin_outputs(const TileJob& job, const TilePart& part, bool scaled) const {
+    for (int64_t i = 0; i < kPanelOutputs; ++i) {
+      const bool has = part.chunk == 0 && job.bias && part.n + i < job.weight->n;
+      (scaled ? added : start)[i] = has ? job.bias[part.n + i] : 0.0f;
+    }
+  }
+};
+
 // Writes sums that cannot be copied as they are: to fewer outputs, to what is there, in bfloat16.
-MW_TILES void write_sums(const TileJob& job, const TileSums& sums, int64_t row, int64_t n,
-                         bool adds, bool last) {
+MW_TILES void write_sums(const TileJob& job, const TileRoom& room, bool scaled,
+                         const TileSums& sums, int64_t row, int64_t n, bool adds, bool last) {
   const int64_t outputs = job.weight->n;
   for (int64_t r = 0; r < 2 * kTileRows && row + r < job.rows; ++r)
     for (int64_t i = 0; i < kPanelOutputs && n + i < outputs; i += kLanes) {
       const int64_t at = (row + r) * outputs + n + i;
       const __mmask16 mask = first_lanes(outputs - n - i);
       __m512 sum = _mm512_load_ps(sums[r] + i);
+      if (scaled) sum = _mm512_fmadd_ps(sum, _mm512_load_ps(room.scale + i),
+                                        _mm512_load_ps(room.added + i));
       if (adds) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, job.sums + at));
       if (!last || job.dtype == kF32) {
         _mm512_mask_storeu_ps(job.sums + at, mask, sum);
@@ -108,41 +147,14 @@ MW_TILES void write_sums(const TileJob& job, const TileSums& sums, int64_t row, 
     }
 }
 
-// What the product of some outputs works in.
-struct TileRoom {
-  char* memory;
-  uint16_t* panel;  // two times 16 outputs
-  TileSums* sums;   // two, in turns
-  float* start;     // what sums of 32 outputs begin with: the bias, or 0
-  float* floats;
-
-  TileRoom(const TilePlan& plan, int64_t count) {
-    const size_t codes = 2 * plan.tiles * kTile * sizeof *panel, all = 2 * sizeof *sums;
-    memory = static_cast<char*>(memory_of(codes + all + (kPanelOutputs + count) * sizeof(float)));
-    panel = reinterpret_cast<uint16_t*>(memory);
-    sums = reinterpret_cast<TileSums*>(memory + codes);
-    start = reinterpret_cast<float*>(memory + codes + all);
-    floats = start + kPanelOutputs;
-  }
-  ~TileRoom() { std::free(memory); }
-
-  void begin_outputs(const TileJob& job, const TilePart& part) const {
-    for (int64_t i = 0; i < kPanelOutputs; ++i) {
-      const bool has = part.chunk == 0 && job.bias && part.n + i < job.weight->n;
-      start[i] = has ? job.bias[part.n + i] : 0.0f;
-    }
-  }
-};
-
 // Multiplies a part by its blocks of rows; `copy` is what is left to be copied.
+template <bool SCALED>
 MW_TILES void multiply_part(const TileJob& job, const TilePlan& plan, const TilePart& part,
                             const TileRoom& room, TileCopy& copy, TileAhead& ahead) {
   const int64_t outputs = job.weight->n;
   const bool first = part.chunk == 0, last = part.chunk + 1 == plan.chunks;
   const bool fills = part.n + kPanelOutputs <= outputs && (!last || job.dtype == kF32);
   const uint16_t *panel = room.panel, *second = panel + plan.tiles * kTile;
-  room.begin_outputs(job, part);
-  if (!first) copy.step(copy.rows);  // it may be what is added to
   for (int64_t b = 0; b < part.blocks(plan); ++b) {
     const int64_t block = part.block + b, row = 2 * block * kTileRows, left = job.rows - row;
     const int64_t rows = left < 2 * kTileRows ? left : 2 * kTileRows;
@@ -150,19 +162,25 @@ MW_TILES void multiply_part(const TileJob& job, const TilePlan& plan, const Tile
     const uint16_t* x = job.tiles + plan.place(part.chunk, block, 0);
     TileSums& sums = room.sums[b % 2];
     float* to = job.sums + row * outputs + part.n;
-    const bool adds = copies && !first;
+    const bool adds = copies && !first && !SCALED;
     const float* from = adds ? to : room.start;
     const int64_t stride = adds ? outputs * 4 : 0;
     if (left > kTileRows)
       multiply_tiles<true>(x, panel, second, plan.tiles, from, stride, sums, copy, ahead);
     else
       multiply_tiles<false>(x, panel, second, plan.tiles, from, stride, sums, copy, ahead);
-    if (copies)
+    if (copies) {
       copy = {sums[0], to, outputs, rows, first ? 0 : 4 * kTileRows * outputs};
-    else
-      write_sums(job, sums, row, part.n, !first, last);
+      if (SCALED) copy.scale = room.scale, copy.start = first ? room.added : nullptr;
+    } else {
+      write_sums(job, room, SCALED, sums, row, part.n, !first, last);
+    }
   }
 }
+
+// Blocks of rows, up to which the next outputs' codes are asked for while others are unpacked. For
+// more there is time while they are multiplied.
+constexpr int64_t kFewBlocks = 2;
 
 template <Codes CODES, int BITS>
 MW_TILES void multiply_outputs(const TileJob& job, int64_t first, int64_t last) {
@@ -177,11 +195,18 @@ MW_TILES void multiply_outputs(const TileJob& job, int64_t first, int64_t last) 
   TileCopy copy;
   TileAhead ahead;
   for (TilePart part{0, 0, first}; part.chunk < plan.chunks; part = part.next(plan, first, last)) {
-    const int64_t n = part.n + kPanelOutputs, all = kPanelOutputs * w.packed_stride;
-    const int64_t steps = part.blocks(plan) * plan.tiles;
-    ahead = {w.packed + n * w.packed_stride, n + kPanelOutputs <= last ? all / steps + 1 : 0};
-    filler.fill(part, room.panel);
-    multiply_part(job, plan, part, room, copy, ahead);
+    const int64_t n = part.n + kPanelOutputs, length = plan.tiles * kTileInputs * BITS / 8;
+    const int64_t steps = part.blocks(plan) * plan.tiles, all = kPanelOutputs * length;
+    const bool early = part.blocks(plan) <= kFewBlocks;  // what is next is asked for
+    const bool later = !early && n + kPanelOutputs <= last;
+    const uint8_t* next = w.packed + n * w.packed_stride + part.chunk * length;
+    ahead = {next, later ? all / steps + 1 : 0, length, w.packed_stride};
+    filler.fill(part, room.panel, early);
+    // What is left may be what is added to, or needs the scales of its outputs.
+    if (is_plain(CODES) || part.chunk) copy.step(copy.rows);
+    if (is_plain(CODES)) filler.scales_of_outputs(room.scale);
+    room.begin_outputs(job, part, is_plain(CODES));
+    multiply_part<is_plain(CODES)>(job, plan, part, room, copy, ahead);
   }
   copy.step(copy.rows);
   _tile_release();
@@ -199,6 +224,9 @@ void multiply_tiled(const TileJob& job, int64_t first, int64_t last) {
     case 5: return multiply_outputs<kLookedUp, 5>(job, first, last);
     case 6: return multiply_outputs<kLookedUp, 6>(job, first, last);
     default:
+      if (groups_of(w) == 1 && !w.zero_point)
+        return w.float_shift ? multiply_outputs<kPlainFloating, 8>(job, first, last)
+                             : multiply_outputs<kPlainWhole, 8>(job, first, last);
       return w.float_shift ? multiply_outputs<kFloating, 8>(job, first, last)
                            : multiply_outputs<kWhole, 8>(job, first, last);
   }
