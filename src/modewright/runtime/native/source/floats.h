@@ -42,9 +42,18 @@ MW_INLINE Floats floats_at(const uint16_t* from) {
   return value;
 }
 
-// 16 fp8 numbers as float32, but for a power of two: `shift` brings their bits to where those of a
-// float32 are. Where there is an instruction for it they go by way of float16, whose smallest
-// numbers it takes at full speed; many CPUs need a hundred cycles for a product with float32's.
+// How far the exponents of fp8 are from those of the numbers that of_bytes() makes of its bits.
+MW_INLINE float unit_of_bytes(float factor) {
+#if defined(__F16C__)
+  return factor * 0x1p-112f;
+#else
+  return 1.0f;
+#endif
+}
+
+// 16 fp8 numbers as float32, in units of unit_of_bytes(). Where there is an instruction for it they
+// go by way of float16, whose smallest numbers it takes at full speed; many CPUs need a hundred
+// cycles for a product with float32's. Otherwise `shift` brings their bits to those of a float32.
 MW_INLINE Floats of_bytes(const uint8_t* from, int shift, float factor) {
 #if defined(__F16C__)
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -52,15 +61,14 @@ MW_INLINE Floats of_bytes(const uint8_t* from, int shift, float factor) {
   const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
   const __m256i rest = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
   const __m256i half = _mm256_or_si256(sign, _mm256_sll_epi16(rest, _mm_cvtsi32_si128(shift - 13)));
-  const float own = factor * 0x1p-112f;  // what the exponents of both are apart
 #if defined(__AVX512F__)
-  return Floats(_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(own)));
+  return Floats(_mm512_cvtph_ps(half));
 #else
   const __m256 halves[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(half)),
                             _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
   Floats value;
   std::memcpy(&value, halves, sizeof value);
-  return value * own;
+  return value;
 #endif
 #else
   Bytes raw;
@@ -109,6 +117,28 @@ struct Numbers {
     std::memcpy(some, row + i, count);
     return of_bytes(some, shift, factor);
   }
+
+  // Numbers i to i + 32.
+  MW_INLINE void two_at(int64_t i, Floats (&two)[2]) const {
+#if defined(__AVX512F__)
+    if (!TABLE) {
+      const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i));
+      const __m512i wide = _mm512_cvtepu8_epi16(raw), low = _mm512_set1_epi16(0x7f);
+      const __m128i more = _mm_cvtsi32_si128(shift - 13);
+      const __m512i rest = _mm512_sll_epi16(_mm512_and_si512(wide, low), more);
+      const __m512i sign = _mm512_set1_epi16(int16_t(0x8000));
+      const __m512i half = _mm512_ternarylogic_epi64(rest, _mm512_slli_epi16(wide, 8), sign, 0xf8);
+      two[0] = Floats(_mm512_cvtph_ps(_mm512_castsi512_si256(half)));
+      two[1] = Floats(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)));
+      return;
+    }
+#endif
+    two[0] = at(i, kAtOnce);
+    two[1] = at(i + kAtOnce, kAtOnce);
+  }
+
+  // What all these numbers are to be multiplied with.
+  MW_INLINE float unit() const { return TABLE ? 1.0f : unit_of_bytes(factor); }
 };
 
 template <Coded CODED>
@@ -135,7 +165,8 @@ template <Coded CODED, int ROWS, int OUTS>
 MW_INLINE void float_block(const Weight& w, int64_t n, const float* x, int64_t x_stride,
                            const float* scales, int64_t groups, float* out) {
   constexpr int kParts = ROWS * OUTS == 1 ? 4 : ROWS * OUTS == 2 ? 2 : 1;
-  constexpr int64_t kStep = kParts * kAtOnce;
+  constexpr int kPairs = kParts > 2 ? kParts / 2 : 1, kOther = kParts > 1 ? 1 : 0;
+  constexpr int64_t kPair = 2 * kAtOnce, kStep = kPairs * kPair;
   const bool deep = fetches_deep();
   Numbers<CODED> numbers[OUTS];
   each<OUTS>(EACH(o) { numbers[o] = numbers_of<CODED>(w, n + o); });
@@ -146,14 +177,17 @@ MW_INLINE void float_block(const Weight& w, int64_t n, const float* x, int64_t x
     Floats sum[kParts][OUTS][ROWS] = {};
     int64_t i = g * group;
     for (; i + kStep <= end; i += kStep)
-      each<kParts>(EACH(p) {
-        const int64_t at = i + p * kAtOnce;
-        Floats part[ROWS];
-        each<ROWS>(EACH(r) { part[r] = floats_at(x + at + r * x_stride); });
+      each<kPairs>(EACH(p) {
+        const int64_t at = i + p * kPair;
         each<OUTS>(EACH(o) {
           fetch_line(numbers[o].row + at * w.num_bits / 8 + kFloatAhead, deep);
-          const Floats value = numbers[o].at(at, kAtOnce);
-          each<ROWS>(EACH(r) { sum[p][o][r] += value * part[r]; });
+          Floats two[2];
+          numbers[o].two_at(at, two);
+          each<ROWS>(EACH(r) {
+            const float* from = x + at + r * x_stride;
+            sum[2 * p][o][r] += two[0] * floats_at(from);
+            sum[2 * p + kOther][o][r] += two[1] * floats_at(from + kAtOnce);
+          });
         });
       });
     for (; i < end; i += kAtOnce)
@@ -176,6 +210,8 @@ MW_INLINE void float_rows(const Weight& w, int64_t n, const float* x, int64_t x_
                           float* scales, int64_t groups, float* out) {
   for (int o = 0; o < OUTS; ++o)
     scale_values(w, (n + o) / w.rows_per_scale * w.scale_stride, groups, scales + o * groups);
+  const float unit = numbers_of<CODED>(w, n).unit();
+  for (int64_t i = 0; i < OUTS * groups; ++i) scales[i] *= unit;
   int64_t r = 0;
   for (; rows - r >= 4; r += 4)
     float_block<CODED, 4, OUTS>(w, n, x + r * x_stride, x_stride, scales, groups, out + r * w.n + n);
@@ -224,7 +260,7 @@ void unpack_rows(const Weight& w, Out* to, int64_t first, int64_t last) {
     scale_values(w, n / w.rows_per_scale * w.scale_stride, groups, scales);
     Out* row = to + (n - first) * w.k;
     for (int64_t g = 0; g < groups; ++g) {
-      const float scale = scales[g];
+      const float scale = scales[g] * numbers.unit();
       const int64_t end = (g + 1) * group < w.k ? (g + 1) * group : w.k;
       int64_t i = g * group;
       for (; i + kAtOnce <= end; i += kAtOnce) {
