@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from modewright.runtime.activations import ActivationSpec
 from modewright.runtime.native.between import Between, between
 from modewright.runtime.native.library import SWITCH, Library, library
 from support.kernel_library import each_isa, needs_library
@@ -165,3 +166,47 @@ def test_without_a_library_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(SWITCH, "0")
 
     assert between() is None
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    rows=st.integers(1, 4),
+    width=st.integers(1, 70),
+    exponent=st.integers(-140, 120),
+    spread=st.integers(0, 30),
+    given_scale=st.sampled_from([None, 0.01, 3.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=80, deadline=None)
+def test_what_fp8_leaves_is_what_the_format_says(
+    isa: str,
+    dtype: torch.dtype,
+    rows: int,
+    width: int,
+    exponent: int,
+    spread: int,
+    given_scale: float | None,
+    seed: int,
+) -> None:
+    x = numbers(rows, width, seed=seed) * torch.exp2(numbers(rows, width, seed=seed + 1) * spread)
+    x = (x * 2.0**exponent).nan_to_num(posinf=1.0, neginf=-1.0).to(dtype)
+    x = torch.where(x.isfinite(), x, 1.0)
+    scale = None if given_scale is None else torch.tensor([[given_scale]])
+    kind = ActivationSpec(
+        "fp8_e4m3", "token" if scale is None else "tensor", calibrated=scale is not None
+    )
+
+    found = kernels(isa).round_fp8(x, given_scale)
+
+    assert found is not None
+    assert torch.equal(found, kind.simulate(x, scale))
+
+
+@each_isa
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_numbers_that_fp8_has_no_word_for_are_left_to_others(isa: str, value: float) -> None:
+    x = numbers(70, 33)
+    assert kernels(isa).round_fp8(x, None) is not None
+    x[65, 32] = value
+    assert kernels(isa).round_fp8(x, None) is None

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations as int8, in the scales of the scheme."""
+"""Activations in the scales of the scheme: as int8, and what fp8 leaves of them."""
 
 from __future__ import annotations
 
 import torch
 
 from modewright.formats.scaling import SMALLEST_FP32
+from modewright.runtime.backends.portable import simulated
+from modewright.runtime.native.between import between
+from modewright.runtime.native.library import DTYPES
 
 
 def int8_codes(
@@ -26,3 +29,16 @@ def int8_codes(
         unit = torch.where(known, scale, torch.ones_like(scale))
     codes = (values / unit).round_().clamp_(-128, 127).nan_to_num_(0)
     return codes.to(torch.int16), torch.where(known, scale, torch.full_like(scale, torch.nan))
+
+
+def rounded(x: torch.Tensor, act: str | None, act_scale: torch.Tensor | None) -> torch.Tensor:
+    """Return what :func:`~modewright.runtime.backends.portable.simulated` does, on a CPU.
+
+    fp8 is rounded by the kernel library, if all numbers are finite.
+    """
+    kernels = between() if act in ("fp8_token", "fp8_tensor") and x.dtype in DTYPES else None
+    if kernels is None or not x.numel():
+        return simulated(x, act, act_scale)
+    scale = float(act_scale) if act == "fp8_tensor" and act_scale is not None else None
+    found = kernels.round_fp8(x, scale)
+    return simulated(x, act, act_scale) if found is None else found

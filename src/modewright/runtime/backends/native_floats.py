@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from modewright.runtime.backends.activations import rounded
 from modewright.runtime.backends.base import Backend, Case, cpu_problem, fitting
 from modewright.runtime.backends.buffered import fast_bfloat16, kept_buffer
 from modewright.runtime.backends.native_tiles import multiply_in_tiles
-from modewright.runtime.backends.portable import simulated
 from modewright.runtime.native.library import (
     BEST,
     DTYPES,
@@ -72,7 +72,7 @@ class NativeFloats(Backend):
         act: str | None,
         act_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        rows = simulated(x, act, act_scale).reshape(-1, prepared.columns)
+        rows = rounded(x, act, act_scale).reshape(-1, prepared.columns)
         if len(rows) > self.fewer and prepared.in_tiles and self._isa is None:
             return multiply_in_tiles(rows, prepared, bias).view(*x.shape[:-1], prepared.rows)
         prepared.update()

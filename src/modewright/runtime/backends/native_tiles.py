@@ -8,6 +8,7 @@ from typing import cast
 import torch
 
 from modewright.errors import KernelError
+from modewright.runtime.backends.activations import rounded
 from modewright.runtime.backends.base import (
     FEW_ROWS,
     MORE_ROWS,
@@ -16,7 +17,6 @@ from modewright.runtime.backends.base import (
     Case,
     cpu_problem,
 )
-from modewright.runtime.backends.portable import simulated
 from modewright.runtime.native.library import (
     BEST,
     DTYPES,
@@ -75,7 +75,7 @@ class NativeTiles(Backend):
         act: str | None,
         act_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        return multiply_in_tiles(simulated(x, act, act_scale), prepared, bias)
+        return multiply_in_tiles(rounded(x, act, act_scale), prepared, bias)
 
 
 def multiply_in_tiles(

@@ -81,13 +81,13 @@ void panel_either(const Job& job, int64_t first, int64_t last) {
 
 const Isa kAmx = {"avx512", kBytes, 2, quantize, dot, interleave_either, panel_either,
                   search_rows, float_dot, float_unpack,
-                  rms_norm, silu_gate, rotate, attend_next, attend_prepare, attend,
+                  rms_norm, silu_gate, round_fp8, rotate, attend_next, attend_prepare, attend,
                   arrange_tiles, multiply_tiled};
 #endif
 
 const Isa kIsa = {"avx512", kBytes, 2, quantize, dot, interleave, panel<InRegisters>,
                   search_rows, float_dot, float_unpack,
-                  rms_norm, silu_gate, rotate, attend_next, attend_prepare, attend, nullptr, nullptr};
+                  rms_norm, silu_gate, round_fp8, rotate, attend_next, attend_prepare, attend, nullptr, nullptr};
 
 }  // namespace
 

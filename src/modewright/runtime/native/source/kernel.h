@@ -158,6 +158,8 @@ struct Isa {
   void (*rms_norm)(const void* x, const void* weight, void* y, Dtype, Dtype of_weight, int64_t n,
                    float eps, int64_t first, int64_t last);
   void (*silu_gate)(void* gate, const void* up, Dtype, int64_t first, int64_t last);
+  bool (*round_fp8)(const void* x, void* y, Dtype, int64_t n, float scale, int64_t first,
+                    int64_t last);
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t heads, int64_t features);
   void (*attend_next)(const Attention&, int64_t first, int64_t last);
   void (*attend_prepare)(const Attention&, int64_t first, int64_t last);  // null: there is none

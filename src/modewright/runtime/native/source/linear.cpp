@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entry points: choose the instruction set, cut the work, run it, write the result.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -289,6 +290,19 @@ MW_EXPORT void mw_silu_gate(void* gate, const void* up, int64_t count, int optio
   parallel(options >> 9, count, 1 << 15, [=](int64_t first, int64_t last) {
     isa->silu_gate(gate, up, dtype, first, last);
   });
+}
+
+// What fp8 (e4m3) leaves of x, in a scale for each row or one that is given. Returns 0, or 1 if a
+// number is infinite or none: then nothing is said of y. options: as those of mw_silu_gate.
+MW_EXPORT int mw_round_fp8(const void* x, void* y, int64_t rows, int64_t n, float scale,
+                           int options) {
+  const Isa* isa = isa_named(options >> 7 & 3);
+  const Dtype dtype = Dtype(options & 3);
+  std::atomic<bool> fine{true};
+  parallel(options >> 9, rows, 64, [&](int64_t first, int64_t last) {
+    if (!isa->round_fp8(x, y, dtype, n, scale, first, last)) fine = false;
+  });
+  return fine ? 0 : 1;
 }
 
 // Turns the query and the key of one token of each text by where it stands: [texts][heads][features];

@@ -39,7 +39,7 @@ void dot(const Job& job, int64_t first, int64_t last) {
 }
 
 const Isa kIsa = {"scalar", 4, INT64_MAX, quantize_row<4>, dot, nullptr, nullptr, search_rows, float_dot, float_unpack,
-                   rms_norm, silu_gate, rotate, attend_next, nullptr, nullptr};
+                   rms_norm, silu_gate, round_fp8, rotate, attend_next, nullptr, nullptr};
 
 }  // namespace
 
