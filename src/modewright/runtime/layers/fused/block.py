@@ -54,8 +54,8 @@ class FusedBlock(FusedLayer):
 
     def _next_token(self, x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor | None:
         """Return the output for one token of each text, or ``None`` if the kernels do not serve."""
-        where, block = given.get("position_embeddings"), self._native()
-        if block is None or x.dim() != 3 or x.shape[1] != 1 or not 0 < len(x) <= _FEW_TEXTS:
+        where = given.get("position_embeddings")
+        if x.dim() != 3 or x.shape[1] != 1 or not 0 < len(x) <= _FEW_TEXTS:
             return None
         if given.get("attention_mask") is not None or given.get("output_attentions"):
             return None
@@ -67,7 +67,10 @@ class FusedBlock(FusedLayer):
         cos, sin = where
         if not serves(x, cos, sin) or torch.is_autocast_enabled("cpu"):
             return None
-        if block.dtype is not x.dtype or x.shape[2] != block.width or not x.is_contiguous():
+        block = self._native()
+        if block is None or block.dtype is not x.dtype:
+            return None
+        if x.shape[2] != block.width or not x.is_contiguous():
             return None
         if not _of_one_token(cos, sin, len(x), block.features):
             return None
