@@ -17,7 +17,7 @@ from modewright.integrations.generation import Decoding, cache_argument
 from modewright.runtime.backends import using
 from modewright.runtime.layers.fused import fuse, unfuse
 from modewright.runtime.native.block import NativeBlock
-from modewright.runtime.native.library import library
+from modewright.runtime.native.library import SWITCH, library
 from support.library_recipes import VOCABULARY, llama, windows
 
 transformers = pytest.importorskip("transformers")
@@ -241,6 +241,19 @@ def test_a_part_that_was_exchanged_runs_by_itself(tokens: list[int]) -> None:
         layer.mlp = nn.Identity()
     steps(model, prompt)
 
+    assert tokens == []
+
+
+def test_kernels_that_are_switched_off_no_longer_serve_a_block_that_ran(
+    tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = packed(llama()), windows()[0][:, :10]
+    expected = steps(model, prompt)
+    assert tokens
+    tokens.clear()
+    monkeypatch.setenv(SWITCH, "0")
+
+    assert close(steps(model, prompt), expected)
     assert tokens == []
 
 

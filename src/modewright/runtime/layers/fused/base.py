@@ -27,21 +27,18 @@ def own_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def kernels_for(*tensors: torch.Tensor) -> Between | None:
-    """Return the kernels if they serve such tensors."""
-    return between() if serves(*tensors) else None
-
-
-def serves(*tensors: torch.Tensor) -> bool:
-    """Whether kernels may take such tensors: float32 or bfloat16, all of them, as they are."""
+    """Return the kernels if they serve such tensors: float32 or bfloat16, all of them."""
     dtype = tensors[0].dtype
     for x in tensors:
         if x.dtype is not dtype or not x.is_cpu:
-            return False
-    return not (
+            return None
+    if (
         dtype not in DTYPES
         or type(tensors[0]) is not torch.Tensor
         or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or not allows("native")
-    )
+    ):
+        return None
+    return between()

@@ -18,7 +18,7 @@ from modewright.runtime.layers.fused.attention import (
     rotary_formula,
     somewhere,
 )
-from modewright.runtime.layers.fused.base import FusedLayer, serves
+from modewright.runtime.layers.fused.base import FusedLayer, kernels_for
 from modewright.runtime.layers.fused.growing import room_of
 from modewright.runtime.layers.fused.pointwise import (
     eps_of,
@@ -65,7 +65,7 @@ class FusedBlock(FusedLayer):
         if type(cache).__name__ != "DynamicCache" or not isinstance(where, tuple):
             return None
         cos, sin = where
-        if not serves(x, cos, sin) or torch.is_autocast_enabled("cpu"):
+        if kernels_for(x, cos, sin) is None or torch.is_autocast_enabled("cpu"):
             return None
         block = self._native()
         if block is None or block.dtype is not x.dtype:

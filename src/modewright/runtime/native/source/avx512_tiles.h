@@ -135,8 +135,8 @@ MW_TILES void write_sums(const TileJob& job, const TileRoom& room, bool scaled,
       const int64_t at = (row + r) * outputs + n + i;
       const __mmask16 mask = first_lanes(outputs - n - i);
       __m512 sum = _mm512_load_ps(sums[r] + i);
-      if (scaled) sum = _mm512_fmadd_ps(sum, _mm512_load_ps(room.scale + i),
-                                        _mm512_load_ps(room.added + i));
+      const float *scale = room.scale + i, *added = room.added + i;
+      if (scaled) sum = _mm512_fmadd_ps(sum, _mm512_load_ps(scale), _mm512_load_ps(added));
       if (adds) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, job.sums + at));
       if (!last || job.dtype == kF32) {
         _mm512_mask_storeu_ps(job.sums + at, mask, sum);
