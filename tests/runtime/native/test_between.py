@@ -170,6 +170,7 @@ def test_without_a_library_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("to", ["fp8_e4m3", "int8"])
 @given(
     rows=st.integers(1, 4),
     width=st.integers(1, 70),
@@ -179,8 +180,9 @@ def test_without_a_library_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=80, deadline=None)
-def test_what_fp8_leaves_is_what_the_format_says(
+def test_what_a_format_leaves_is_what_it_says(
     isa: str,
+    to: str,
     dtype: torch.dtype,
     rows: int,
     width: int,
@@ -193,20 +195,22 @@ def test_what_fp8_leaves_is_what_the_format_says(
     x = (x * 2.0**exponent).nan_to_num(posinf=1.0, neginf=-1.0).to(dtype)
     x = torch.where(x.isfinite(), x, 1.0)
     scale = None if given_scale is None else torch.tensor([[given_scale]])
-    kind = ActivationSpec(
-        "fp8_e4m3", "token" if scale is None else "tensor", calibrated=scale is not None
-    )
+    kind = ActivationSpec(to, "token" if scale is None else "tensor", calibrated=scale is not None)
 
-    found = kernels(isa).round_fp8(x, given_scale)
+    assert kind.name is not None
+    found = kernels(isa).round(x, kind.name, given_scale or 0.0)
 
     assert found is not None
     assert torch.equal(found, kind.simulate(x, scale))
 
 
 @each_isa
+@pytest.mark.parametrize("act", ["fp8_token", "int8_token"])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_numbers_that_fp8_has_no_word_for_are_left_to_others(isa: str, value: float) -> None:
+def test_numbers_that_formats_have_no_word_for_are_left_to_others(
+    isa: str, act: str, value: float
+) -> None:
     x = numbers(70, 33)
-    assert kernels(isa).round_fp8(x, None) is not None
+    assert kernels(isa).round(x, act, 0.0) is not None
     x[65, 32] = value
-    assert kernels(isa).round_fp8(x, None) is None
+    assert kernels(isa).round(x, act, 0.0) is None

@@ -43,6 +43,16 @@ def test_without_a_compiler_there_is_a_reason(
         library_path(private(tmp_path / "made"))
 
 
+def test_where_there_is_a_compiler_there_is_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    try:
+        build.find_compiler()
+    except KernelError as error:
+        pytest.skip(str(error))
+
+    assert isinstance(native.library(), native.Library)
+
+
 def test_where_nothing_can_be_built_torch_serves_and_the_reason_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -239,6 +239,8 @@ def test_codes_of_8_bits_with_one_scale_for_a_row(rows: int, act: str, isa: str)
         ("int8", 80, 1100),
         ("int8", 83, 1024),
         ("uint8", 48, 1088),
+        ("int8", 96, 576),
+        ("int8", 112, 512),
     ):
         weight, x, bias = random_weight(fmt, n, k), numbers(rows, k), numbers(n)
 
@@ -252,6 +254,9 @@ def test_codes_of_8_bits_with_one_scale_for_a_row(rows: int, act: str, isa: str)
             assert torch.equal(run(weight, x, bias, act, scale, isa=isa), y)
         finally:
             torch.set_num_threads(threads)
+        half = x.bfloat16()
+        whole = run(weight, half.float(), bias, act, scale, isa=isa)
+        assert torch.equal(run(weight, half, bias, act, scale, isa=isa), whole.bfloat16())
 
 
 def test_more_rows_than_one_part_holds() -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from modewright.runtime.backends.activations import rounded
 from modewright.runtime.backends.base import Case
-from modewright.runtime.backends.native_tiles import NativeTiles
-from modewright.runtime.native.library import Library, library
+from modewright.runtime.backends.native_tiles import NativeTiles, multiply_in_tiles
+from modewright.runtime.native.library import DTYPES, Library, NativeWeight, library
 from modewright.runtime.packed_weight import PackedWeight
 from support.packed_weights import E4M3, E8M0, group, random_weight
 
@@ -63,6 +64,10 @@ def product(
 ) -> torch.Tensor:
     backend = NativeTiles()
     return backend.linear(x, backend.prepare(weight), bias, None, None)
+
+
+def kernel_weight(weight: PackedWeight) -> NativeWeight:
+    return NativeWeight(weight, cast(Library, library()))
 
 
 def check(weight: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -182,7 +187,9 @@ def test_any_number_of_threads_gives_the_same() -> None:
         ("int3", group(16), None, 512, "groups of 16 are not whole halves of a tile"),
         ("uint4", group(40), None, 512, "groups of 40"),
         ("int4", group(128), None, 512, "groups of 128 are multiplied faster in int8"),
-        ("uint4", group(64), "int8_token", 512, "int8 activations"),
+        ("uint4", group(128), "int8_token", 512, "groups of 128 are multiplied faster in int8"),
+        ("uint4", group(64), "int8_token", 33, None),
+        ("uint4", group(64), "int8_tensor", 32, "more than 32 rows"),
         ("uint8", group(64), None, 128, "more than 128 rows"),
         ("uint4", group(64), None, 32, "more than 32 rows"),
         ("fp4_e2m1", group(16, **E4M3), None, 32, "more than 32 rows"),
@@ -211,3 +218,34 @@ def test_without_tiles_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = random_weight("int4", 4, 256, **group(64)).spec
 
     assert NativeTiles().refuses(Case(spec, "cpu", torch.float32, None, 512)) is not None
+
+
+@needs_tiles
+@pytest.mark.parametrize("act", ["int8_token", "int8_tensor", "fp8_token", "fp8_tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_activations_are_rounded_on_the_way_to_what_their_format_leaves(
+    act: str, dtype: torch.dtype
+) -> None:
+    scale = torch.tensor([[0.02]]) if act.endswith("tensor") else None
+    for n, k, rows in ((33, 320, 40), (48, 77, 9), (40, 2112, 70)):
+        weight, bias = random_weight("int4", n, k, **group(32)), numbers(n)
+        x = (numbers(rows, k, seed=2) * torch.exp2(numbers(rows, 1, seed=3) * 3)).to(dtype)
+
+        y = multiply_in_tiles(x, kernel_weight(weight), bias, act, scale)
+
+        left = rounded(x if dtype in DTYPES else x.float(), act, scale)
+        again = multiply_in_tiles(left, kernel_weight(weight), bias, None, None)
+        assert torch.equal(y, again.to(dtype))
+        exact = F.linear(left.double(), weight.dequantize().double(), bias.double())
+        assert (y - exact).norm() <= NativeTiles.accuracy * exact.norm()
+
+
+@needs_tiles
+@pytest.mark.parametrize("act", ["int8_token", "fp8_token"])
+def test_a_row_that_cannot_be_rounded_is_none_and_no_other(act: str) -> None:
+    weight, x = random_weight("int4", 40, 96, **group(32)), numbers(50, 96)
+    x[33, 95] = torch.nan
+
+    y = multiply_in_tiles(x, kernel_weight(weight), None, act, None)
+
+    assert y.isnan().any(1).tolist() == [row == 33 for row in range(50)]

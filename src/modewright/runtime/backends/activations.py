@@ -8,7 +8,7 @@ import torch
 from modewright.formats.scaling import SMALLEST_FP32
 from modewright.runtime.backends.portable import simulated
 from modewright.runtime.native.between import between
-from modewright.runtime.native.library import DTYPES
+from modewright.runtime.native.library import DTYPES, ROUNDINGS
 
 
 def int8_codes(
@@ -34,11 +34,15 @@ def int8_codes(
 def rounded(x: torch.Tensor, act: str | None, act_scale: torch.Tensor | None) -> torch.Tensor:
     """Return what :func:`~modewright.runtime.backends.portable.simulated` does, on a CPU.
 
-    fp8 is rounded by the kernel library, if all numbers are finite.
+    The kernel library does it, if all numbers are finite.
     """
-    kernels = between() if act in ("fp8_token", "fp8_tensor") and x.dtype in DTYPES else None
-    if kernels is None or not x.numel():
+    kernels = between() if act in ROUNDINGS and x.dtype in DTYPES else None
+    if act is None or kernels is None or not x.numel():
         return simulated(x, act, act_scale)
-    scale = float(act_scale) if act == "fp8_tensor" and act_scale is not None else None
-    found = kernels.round_fp8(x, scale)
+    found = kernels.round(x, act, scale_of(act_scale))
     return simulated(x, act, act_scale) if found is None else found
+
+
+def scale_of(act_scale: torch.Tensor | None) -> float:
+    """Return the scale of a tensor as the kernel library is told it: 0 if each row has its own."""
+    return 0.0 if act_scale is None else float(act_scale)

@@ -72,9 +72,11 @@ class NativeFloats(Backend):
         act: str | None,
         act_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        rows = rounded(x, act, act_scale).reshape(-1, prepared.columns)
+        rows = x.reshape(-1, prepared.columns)
         if len(rows) > self.fewer and prepared.in_tiles and self._isa is None:
-            return multiply_in_tiles(rows, prepared, bias).view(*x.shape[:-1], prepared.rows)
+            result = multiply_in_tiles(rows, prepared, bias, act, act_scale)
+            return result.view(*x.shape[:-1], prepared.rows)
+        rows = rounded(rows, act, act_scale)
         prepared.update()
         if len(rows) > self.few:
             return self._unpacked(rows, prepared, bias, x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies between linear layers, by the kernel library: norms, gates, attention, rounding to fp8.
+"""What lies between linear layers, by the kernel library: norms, gates, attention, rounding.
 
 Each is one pass over memory where torch's operators take several, on the CPU. Norms and gates take
 float32 and bfloat16, and compute in float32; attention of whole texts takes float32.
@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from modewright.errors import KernelError
-from modewright.runtime.native.library import BEST, DTYPES, ISAS, Library, library
+from modewright.runtime.native.library import BEST, DTYPES, ISAS, ROUNDINGS, Library, library
 
 _FEATURES = 16  # a head has a multiple of so many
 
@@ -68,7 +68,7 @@ class Between:
         self._gate = loaded.mw_silu_gate
         self._gate.argtypes = [pointer, pointer, size, number]
         self._norm.restype = self._gate.restype = None
-        self._round = loaded.mw_round_fp8
+        self._round = loaded.mw_round
         self._round.argtypes = [pointer, pointer, size, size, ctypes.c_float, number]
         self._attend = loaded.mw_attend
         self._attend.argtypes = [pointer, number, number]
@@ -107,19 +107,20 @@ class Between:
         self._gate(gate.data_ptr(), up.data_ptr(), gate.numel(), options)
         return gate
 
-    def round_fp8(self, x: torch.Tensor, scale: float | None) -> torch.Tensor | None:
-        """Return what fp8 (e4m3) leaves of rows, ``None`` if a number is infinite or none.
+    def round(self, x: torch.Tensor, act: str, scale: float) -> torch.Tensor | None:
+        """Return what a format leaves of rows, ``None`` if a number is infinite or none.
 
         Args:
             x: ``[..., n]``, float32 or bfloat16.
-            scale: What a number of fp8 is a multiple of; for each row its largest magnitude divided
-                by 448 if left out.
+            act: How they are quantized: one of ``ROUNDINGS``.
+            scale: What numbers of the format are multiplied with; 0: for each row its largest
+                magnitude divided by the format's (448, 127).
         """
         x = x.contiguous()
         result, width = torch.empty_like(x), x.shape[-1]
         failed = self._round(
             *(x.data_ptr(), result.data_ptr(), x.numel() // max(width, 1), width),
-            *(scale or 0.0, DTYPES[x.dtype] | self._how()),
+            *(scale, DTYPES[x.dtype] | ROUNDINGS[act] << 2 | self._how()),
         )
         return None if failed else result
 

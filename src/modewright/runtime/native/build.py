@@ -124,8 +124,9 @@ def _run(command: list[str]) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelError(f"{command[0]} did not run: {error}") from error
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise KernelError(f"{command[0]} failed: {said[0] if said else 'it said nothing'}")
+        said = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+        first = next((line for line in said if "error" in line), said[0])
+        raise KernelError(f"{command[0]} failed: {first}")
 
 
 def _user_folder() -> Path:

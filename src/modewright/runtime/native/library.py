@@ -24,6 +24,7 @@ SWITCH = "MODEWRIGHT_NATIVE"
 ISAS = ("scalar", "avx2", "avx512")
 BEST = 3
 ACTIVATIONS = {None: 0, "int8_token": 1, "int8_tensor": 2}
+ROUNDINGS = {None: 0, "fp8_token": 1, "fp8_tensor": 1, "int8_token": 2, "int8_tensor": 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 NO_BIAS = 2
 _SCALE_KINDS = {"float32": 0, "float16": 1, "uint8": 2, "float8_e4m3fn": 3}
@@ -86,7 +87,7 @@ class Library:
         self.tiles_linear = loaded.mw_tiles_linear
         self.tiles_linear.argtypes = [
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
-            *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+            *(ctypes.c_void_p, ctypes.c_float, ctypes.c_int),
         ]
         self.tiles_linear.restype = ctypes.c_int
         self.has_tiles = bool(loaded.mw_has_tiles(BEST))

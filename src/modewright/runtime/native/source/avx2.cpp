@@ -179,12 +179,29 @@ void dot(const Job& job, int64_t first, int64_t last) {
   }
 }
 
-const Isa kIsa = {"avx2", kBytes, INT64_MAX, quantize_row<kBytes>, dot, nullptr, nullptr, search_rows, float_dot, float_unpack,
-                   rms_norm, silu_gate, round_fp8, rotate, attend_next, nullptr, nullptr};
+Isa made() {
+  Isa isa;
+  isa.name = "avx2";
+  isa.vector_bytes = kBytes;
+  isa.quantize = quantize_row<kBytes>;
+  isa.dot = dot;
+  isa.search = search_rows;
+  isa.float_dot = float_dot;
+  isa.float_unpack = float_unpack;
+  isa.rms_norm = rms_norm;
+  isa.silu_gate = silu_gate;
+  isa.round = round_numbers;
+  isa.rotate = rotate;
+  isa.attend_next = attend_next;
+  return isa;
+}
 
 }  // namespace
 
-const Isa* avx2_isa() { return &kIsa; }
+const Isa* avx2_isa() {
+  static const Isa isa = made();
+  return &isa;
+}
 
 }  // namespace mw
 

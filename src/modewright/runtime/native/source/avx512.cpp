@@ -50,27 +50,40 @@ void panel(const Job& job, int64_t first, int64_t last) {
 }
 
 struct InRegisters {
-  static Soon soon(int64_t n, int c) { return {n + (c + 1) * kLanes, kLanes, false}; }
-  template <int PANELS, bool SHIFTS>
-  static void run(const Job& job, const Panel* panels, int64_t n) {
-    tiles<PANELS, SHIFTS>(job, panels, n);
+  static int64_t panels(const Job&, int64_t) { return 2; }
+  static Soon soon(int64_t n, int64_t c, int64_t) { return {n + (c + 1) * kLanes, kLanes, false}; }
+  template <bool SHIFTS>
+  static void run(const Job& job, const Panels& panels, int64_t count, int64_t n) {
+    if (count == 2) tiles<2, SHIFTS>(job, {panels[0], panels[1]}, n);
+    else tiles<1, SHIFTS>(job, {panels[0]}, n);
   }
 };
 
 #ifdef MW_AMX
 struct InTiles {
-  static Soon soon(int64_t n, int c) {
+  static int64_t panels(const Job& job, int64_t all) { return panels_at_once(job, all); }
+  static Soon soon(int64_t n, int64_t c, int64_t most) {
+    if (most > 2) return {n + (c + 1) * kLanes, kLanes, true};
     return {n + 2 * kLanes + c * kAmxSoon, kAmxSoon, true};
   }
-  template <int PANELS, bool SHIFTS>
-  static void run(const Job& job, const Panel* panels, int64_t n) {
-    in_tiles<PANELS, SHIFTS>(job, panels, n);
+  template <bool SHIFTS>
+  static void run(const Job& job, const Panels& panels, int64_t count, int64_t n) {
+    in_tiles<SHIFTS>(job, panels, count, n);
   }
 };
 
-void interleave_either(const Job& job) {
-  if (lies_in_tiles(job)) turn_rows(job);
-  else fills_tiles(job.plan) ? interleave_rows(job) : interleave(job);
+int64_t strips_either(const Job& job) {
+  return fills_tiles(job.plan) ? TilePlan::parts(job.rows, 2 * kAmxRows) : strips(job);
+}
+
+void interleave_either(const Job& job, int64_t first, int64_t last) {
+  if (!fills_tiles(job.plan)) return interleave(job, first, last);
+  for (int64_t strip = first; strip < last; ++strip)
+    lies_in_tiles(job) ? turn_rows(job, strip) : interleave_rows(job, strip);
+}
+
+bool straight(const Job& job, int terms) {
+  return is_whole(job.weight->k, job.plan, terms) && fills_tiles(job.plan) && !lies_in_tiles(job);
 }
 
 void panel_either(const Job& job, int64_t first, int64_t last) {
@@ -79,29 +92,50 @@ void panel_either(const Job& job, int64_t first, int64_t last) {
                              : panel<InRegisters>(job, first, last);
 }
 
-const Isa kAmx = {"avx512", kBytes, 2, quantize, dot, interleave_either, panel_either,
-                  search_rows, float_dot, float_unpack,
-                  rms_norm, silu_gate, round_fp8, rotate, attend_next, attend_prepare, attend,
-                  arrange_tiles, multiply_tiled};
+// What is done otherwise where there are tiles.
+void use_tiles(Isa& isa) {
+  if (!amx_usable()) return;
+  isa.strips = strips_either;
+  isa.interleave = interleave_either;
+  isa.straight = straight;
+  isa.panel = panel_either;
+  if (!amx_bf16_usable()) return;
+  isa.tiles_arrange = arrange_tiles;
+  isa.tiles_multiply = multiply_tiled;
+}
+#else
+void use_tiles(Isa&) {}
 #endif
 
-const Isa kIsa = {"avx512", kBytes, 2, quantize, dot, interleave, panel<InRegisters>,
-                  search_rows, float_dot, float_unpack,
-                  rms_norm, silu_gate, round_fp8, rotate, attend_next, attend_prepare, attend, nullptr, nullptr};
+Isa made() {
+  Isa isa;
+  isa.name = "avx512";
+  isa.vector_bytes = kBytes;
+  isa.dot_rows = 2;
+  isa.quantize = quantize;
+  isa.dot = dot;
+  isa.strips = strips;
+  isa.interleave = interleave;
+  isa.panel = panel<InRegisters>;
+  isa.search = search_rows;
+  isa.float_dot = float_dot;
+  isa.float_unpack = float_unpack;
+  isa.rms_norm = rms_norm;
+  isa.silu_gate = silu_gate;
+  isa.round = round_numbers;
+  isa.rotate = rotate;
+  isa.attend_next = attend_next;
+  isa.attend_prepare = attend_prepare;
+  isa.attend = attend;
+  use_tiles(isa);
+  return isa;
+}
 
 }  // namespace
 
 const Isa* avx512_isa() {
-#ifdef MW_AMX
-  static const Isa found = [] {
-    Isa isa = amx_usable() ? kAmx : kIsa;
-    if (!amx_bf16_usable()) isa.tiles_arrange = isa.tiles_multiply = nullptr;
-    return isa;
-  }();
-  return &found;
-#else
-  return &kIsa;
-#endif
+  static const Isa isa = made();
+  return &isa;
 }
 
 }  // namespace mw

@@ -15,27 +15,27 @@ constexpr int64_t kByteRows = 2 * kAmxRows;  // of x at a time
 
 // Whether codes can be read like this, and it pays: to turn the results of many rows does not.
 inline bool lies_in_tiles(const Job& job) {
-  constexpr int64_t kMostRows = 256;
+  constexpr int64_t kMostRows = 192;
   const Weight& w = *job.weight;
   return w.num_bits == 8 && job.plan.entries == 1 && !w.table && !w.zero_point &&
          w.k % kBytes == 0 && w.n % kAmxRows == 0 && job.rows <= kMostRows;
 }
 
 // x as tiles, four inputs of 16 rows side by side: of each 32 rows the first and the last 16 in turns.
-void turn_rows(const Job& job) {
-  const int64_t k = job.plan.padded;
-  int8_t* to = job.tiles;
-  for (int64_t row = 0; row < job.rows; row += kByteRows)
-    for (int64_t i = 0; i < k; i += kBytes)
-      for (int64_t half = row; half < row + kByteRows; half += kAmxRows) {
-        __m512i block[16];
-        for (int64_t r = 0; r < kAmxRows; ++r)
-          block[r] = half + r < job.rows ? _mm512_loadu_si512(job.codes + (half + r) * k + i)
-                                         : _mm512_setzero_si512();
-        transpose(block);
-        for (int64_t r = 0; r < kAmxRows; ++r, to += kBytes) _mm512_storeu_si512(to, block[r]);
-      }
-  for (int64_t r = 0; r < job.rows; ++r) job.tile_offsets[r] = -job.weight->zero * job.sums[r];
+void turn_rows(const Job& job, int64_t strip) {
+  const int64_t k = job.plan.padded, row = strip * kByteRows, end = row + kByteRows;
+  int8_t* to = job.tiles + row * k;
+  for (int64_t i = 0; i < k; i += kBytes)
+    for (int64_t half = row; half < end; half += kAmxRows) {
+      __m512i block[16];
+      for (int64_t r = 0; r < kAmxRows; ++r)
+        block[r] = half + r < job.rows ? _mm512_loadu_si512(job.codes + (half + r) * k + i)
+                                       : _mm512_setzero_si512();
+      transpose(block);
+      for (int64_t r = 0; r < kAmxRows; ++r, to += kBytes) _mm512_storeu_si512(to, block[r]);
+    }
+  for (int64_t r = row; r < end && r < job.rows; ++r)
+    job.tile_offsets[r] = -job.weight->zero * job.sums[r];
 }
 
 using ByteSums = int32_t[4][kAmxRows][kLanes];  // of 16 outputs, or 32, by both halves of the rows

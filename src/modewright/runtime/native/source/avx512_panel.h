@@ -99,7 +99,7 @@ void unpack_panel(const Job& job, const Unpacker& u, int64_t n, const Panel& pan
     transpose(block);
     for (int i = 0; i < 16; ++i)
       for (int f = 0; f < F; ++f, to += kBytes)
-        _mm512_storeu_si512(to, field<KIND, TABLE>(u, block[i], f));
+        _mm512_store_si512(to, field<KIND, TABLE>(u, block[i], f));
   }
 }
 
@@ -112,12 +112,14 @@ inline int64_t tile_end(int64_t rows, int64_t tile) {
   return rows * (tile + 1) / tiles;
 }
 
+int64_t strips(const Job& job) { return (job.rows + kPanelRows - 1) / kPanelRows; }
+
 // The int8 numbers of some rows as the panel kernel meets them: four of each row at a time.
-void interleave(const Job& job) {
+void interleave(const Job& job, int64_t first, int64_t last) {
   const Plan& p = job.plan;
   const int64_t fields = p.fields, steps = p.padded / p.step;
-  for (int64_t row = 0, tile = 0; row < job.rows; row = tile_end(job.rows, tile++)) {
-    const int64_t count = tile_end(job.rows, tile) - row;
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t row = tile_end(job.rows, tile - 1), count = tile_end(job.rows, tile) - row;
     const __mmask16 mask = first_lanes(count);
     const int8_t* from = job.codes + row * p.padded;
     int8_t* to = job.tiles + row * p.padded;
@@ -146,15 +148,15 @@ struct Ahead {
 };
 
 template <int ROWS, int PANELS, bool SHIFTS>
-void tile(const Job& job, const Panel* panels, int64_t row, int64_t n, Ahead& ahead) {
+void tile(const Job& job, const Panel (&panels)[PANELS], int64_t row, int64_t n, Ahead& ahead) {
   const Plan& p = job.plan;
   const int8_t* x = job.tiles + row * p.padded;
   const float* own = job.tile_scales + row * p.entries;
   const int32_t* offsets = job.tile_offsets + row * p.entries;
   const int32_t* sums = job.sums + row * p.entries;
   const int64_t fours = p.entry / 4;
-  const int64_t width = p.padded * kLanes;  // of a panel
   const uint8_t* codes = panels[0].codes;
+  const int64_t further = panels[PANELS - 1].codes - codes;  // from one panel to the next
   const uint8_t* next = ahead.at;
   Store stores[PANELS];
   each<PANELS>(EACH(c) { stores[c] = Store(job, n + c * kLanes); });
@@ -175,7 +177,7 @@ void tile(const Job& job, const Panel* panels, int64_t row, int64_t n, Ahead& ah
     const uint8_t* end = codes + fours * kBytes;
     do {
       __m512i w[PANELS];
-      each<PANELS>(EACH(c) { w[c] = _mm512_loadu_si512(codes + c * width); });
+      each<PANELS>(EACH(c) { w[c] = _mm512_loadu_si512(codes + c * further); });
       each<ROWS>(EACH(r) {
         int32_t four;
         std::memcpy(&four, x + 4 * r, 4);
@@ -206,7 +208,7 @@ void tile(const Job& job, const Panel* panels, int64_t row, int64_t n, Ahead& ah
 }
 
 template <int PANELS, bool SHIFTS>
-void tiles(const Job& job, const Panel* panels, int64_t n) {
+void tiles(const Job& job, const Panel (&panels)[PANELS], int64_t n) {
   const int64_t bytes = PANELS * kLanes * job.weight->packed_stride;
   const int64_t turns = (job.rows + kPanelRows - 1) / kPanelRows * (job.plan.padded / 4);
   Ahead ahead{job.weight->packed + n * job.weight->packed_stride + bytes, bytes / turns + 1};
@@ -223,36 +225,45 @@ void tiles(const Job& job, const Panel* panels, int64_t n) {
   }
 }
 
-// MULTIPLY: multiplies all rows by one or two panels, with or without zero points of their own, and
-// says what is asked for while panel `c` of those at `n` is unpacked.
+// Panels that lie side by side.
+class Panels {
+ public:
+  Panels(const Plan& p, int64_t count)
+      : codes(p.padded * kLanes), numbers(4 * kLanes * ((p.entries + 15) / 16 * 16)),
+        memory(static_cast<uint8_t*>(room_of(count * (codes + 2 * numbers)))) {}
+  Panels(const Panels&) = delete;
+  ~Panels() { std::free(memory); }
+
+  Panel operator[](int64_t i) const {
+    uint8_t* at = memory + i * (codes + 2 * numbers);
+    return {at, reinterpret_cast<float*>(at + codes),
+            reinterpret_cast<int32_t*>(at + codes + numbers)};
+  }
+
+ private:
+  const int64_t codes, numbers;  // bytes
+  uint8_t* const memory;
+};
+
+// MULTIPLY: says how many panels are unpacked before all rows are multiplied by them, and what is
+// asked for while panel `c` of those at `n` is unpacked; and multiplies, with or without zero points
+// of their own.
 template <Kind KIND, bool TABLE, class MULTIPLY>
 void panel_kind(const Job& job, int64_t first, int64_t last) {
   const Unpacker u(*job.weight);
-  const Plan& p = job.plan;
-  const size_t codes = size_t(p.padded) * kLanes;
-  const size_t numbers = (size_t(p.entries) + 15) / 16 * 16 * kLanes * sizeof(float);
-  const size_t size = (2 * (codes + 2 * numbers) + 2 * numbers + 127) / 64 * 64;
-  uint8_t* memory = static_cast<uint8_t*>(memory_of(size));
-  Panel panels[2];
-  for (int c = 0; c < 2; ++c) {
-    panels[c].codes = memory + c * codes;
-    panels[c].scales = reinterpret_cast<float*>(memory + 2 * codes + c * 2 * numbers);
-    panels[c].shifts = reinterpret_cast<int32_t*>(memory + 2 * codes + (c * 2 + 1) * numbers);
+  const int64_t all = (last - first + kLanes - 1) / kLanes, most = MULTIPLY::panels(job, all);
+  const Panels panels(job.plan, most);
+  const size_t width = (size_t(job.plan.entries) + 15) / 16 * 16;
+  float* work = static_cast<float*>(memory_of(2 * 16 * width * sizeof(float)));
+  for (int64_t done = 0; done < all; done += most) {
+    const int64_t n = first + done * kLanes, count = all - done < most ? all - done : most;
+    for (int64_t c = 0; c < count; ++c)
+      unpack_panel<KIND, TABLE>(job, u, n + c * kLanes, panels[c], work,
+                                MULTIPLY::soon(n, c, most));
+    job.weight->zero_point ? MULTIPLY::template run<true>(job, panels, count, n)
+                           : MULTIPLY::template run<false>(job, panels, count, n);
   }
-  float* work = reinterpret_cast<float*>(memory + 2 * codes + 4 * numbers);
-  for (int64_t n = first; n < last; n += 2 * kLanes) {
-    const bool two = last - n > kLanes;
-    for (int c = 0; c < 1 + two; ++c)
-      unpack_panel<KIND, TABLE>(job, u, n + c * kLanes, panels[c], work, MULTIPLY::soon(n, c));
-    if (job.weight->zero_point) {
-      two ? MULTIPLY::template run<2, true>(job, panels, n)
-          : MULTIPLY::template run<1, true>(job, panels, n);
-    } else {
-      two ? MULTIPLY::template run<2, false>(job, panels, n)
-          : MULTIPLY::template run<1, false>(job, panels, n);
-    }
-  }
-  std::free(memory);
+  std::free(work);
 }
 
 }  // namespace

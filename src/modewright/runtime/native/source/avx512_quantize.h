@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Part of avx512.cpp: activations to int8.
 #pragma once
+#include "avx512_divide.h"
 #include "avx512_unpack.h"
 
 namespace mw {
 namespace {
+
+constexpr int64_t kStripRows = 32;  // that tiles have side by side
 
 // Sixteen numbers of x, those beyond k as 0.
 inline __m512 load_numbers(const void* x, Dtype dtype, int64_t at, int64_t k) {
@@ -84,33 +87,10 @@ inline void place_block(const Job& job, int64_t row, int64_t b, const int8_t* na
   }
 }
 
-// value / unit, as division rounds it (Markstein, "Computation of elementary functions on the IBM RISC
-// System/6000 processor", 1990), as far as it fits int8; dividing is slower.
-struct Divider {
-  __m512 unit, inverse;
-  bool divides;
-
-  explicit Divider(float by) : unit(_mm512_set1_ps(by)), inverse(_mm512_set1_ps(1.0f / by)) {
-    divides = !(by >= 1e-25f && by <= 1e25f);  // what is left over could underflow
-  }
-
-  __m512 operator()(__m512 value) const {
-    if (divides) return clamp(_mm512_div_ps(value, unit), 127);
-    const __m512 about = clamp(_mm512_mul_ps(value, inverse), 1024);
-    const __m512 rest = _mm512_fnmadd_ps(about, unit, value);
-    return clamp(_mm512_fmadd_ps(rest, inverse, about), 127);
-  }
-
-  // Of numbers of which none is larger than 127 units, where no division is needed.
-  __m512 within(__m512 value) const {
-    const __m512 about = _mm512_mul_ps(value, inverse);
-    return _mm512_fmadd_ps(_mm512_fnmadd_ps(about, unit, value), inverse, about);
-  }
-
-  static __m512 clamp(__m512 value, float high) {
-    return _mm512_max_ps(_mm512_min_ps(value, _mm512_set1_ps(high)), _mm512_set1_ps(-high - 1));
-  }
-};
+// Numbers in units of a scale, as far as they fit int8.
+inline __m512 units(const Divider& divide, __m512 value) {
+  return Divider::clamp(divide(value), -128, 127);
+}
 
 // Four registers of whole numbers as 64 of int8, in their order.
 inline __m512i narrowed(const __m512i (&in)[4]) {
@@ -119,21 +99,28 @@ inline __m512i narrowed(const __m512i (&in)[4]) {
   return _mm512_permutexvar_epi32(fours, _mm512_packs_epi16(low, high));
 }
 
-// A row that has one scale, in its own order, whose length is whole registers.
+// Whether a row has one scale and its own order, and its length is whole registers.
+inline bool is_whole(int64_t k, const Plan& p, int terms) {
+  return p.entries == 1 && p.fields == 1 && k == p.padded && terms == 1;
+}
+
+// Such a row.
 template <bool WITHIN>
 void quantize_whole(const Job& job, const void* x, Dtype dtype, int64_t row, float scale) {
   const int64_t k = job.weight->k, size = dtype == kF32 ? 4 : 2;
   const Divider divide(scale);
-  int8_t* to = job.codes + row * job.plan.padded;
+  const int64_t strip = row / kStripRows * kStripRows, left = job.rows - strip;
+  const int64_t stride = job.straight ? (left < kStripRows ? left : kStripRows) * kBytes : kBytes;
+  int8_t* to = job.straight ? job.tiles + strip * k + (row - strip) * kBytes : job.codes + row * k;
   __m512i lanes = _mm512_setzero_si512();
-  for (int64_t i = 0; i < k; i += kBytes) {
+  for (int64_t i = 0; i < k; i += kBytes, to += stride) {
     __m512i part[4];
     for (int q = 0; q < 4; ++q) {
       const __m512 value = load_sixteen(x, dtype, i + q * kLanes);
-      part[q] = _mm512_cvtps_epi32(WITHIN ? divide.within(value) : divide(value));
+      part[q] = _mm512_cvtps_epi32(WITHIN ? divide.within(value) : units(divide, value));
     }
     const __m512i codes = narrowed(part);
-    _mm512_storeu_si512(to + i, codes);
+    _mm512_storeu_si512(to, codes);
     lanes = _mm512_dpbusd_epi32(lanes, _mm512_set1_epi8(1), codes);
     for (int64_t q = 0; q < size; ++q)
       _mm_prefetch(static_cast<const char*>(x) + (k + i) * size + q * kBytes, _MM_HINT_T0);
@@ -155,7 +142,7 @@ void quantize(const Job& job, const void* x, Dtype dtype, int64_t row, Activatio
   if (activation == kToken || (activation == kGroup && p.entries == 1))
     whole = symmetric_scale(magnitude_at(from, dtype, 0, k, k));
   if (activation == kTensor && magnitude_at(from, dtype, 0, k, k) > 0x7f800000u) whole = NAN;
-  if (p.entries == 1 && p.fields == 1 && k == p.padded && terms == 1) {
+  if (is_whole(k, p, terms)) {
     const bool within = activation != kTensor && !Divider(whole).divides;
     return within ? quantize_whole<true>(job, from, dtype, row, whole)
                   : quantize_whole<false>(job, from, dtype, row, whole);
@@ -171,7 +158,7 @@ void quantize(const Job& job, const void* x, Dtype dtype, int64_t row, Activatio
         scales[e] = symmetric_scale(magnitude_at(from, dtype, first, first + p.entry, k));
       const Divider divide(scales[e]);
       for (int64_t i = 0; i < p.entry; i += kLanes) {
-        const __m512 value = divide(load_numbers(from, dtype, first + i, k));
+        const __m512 value = units(divide, load_numbers(from, dtype, first + i, k));
         const __m512i codes = _mm512_cvtps_epi32(value);
         const int64_t at = e * p.entry + i;
         _mm_storeu_si128(reinterpret_cast<__m128i*>(natural + at), _mm512_cvtsepi32_epi8(codes));

@@ -3,36 +3,68 @@
 // as tiles of 16 rows by 32 inputs before. What is multiplied stays in the second cache: so many
 // inputs are taken at a time, and so many rows by one unpacking.
 #pragma once
+#include "avx512_quantize.h"
 #include "avx512_tile_panel.h"
+#include "between.h"
 
 #ifdef MW_AMX
 
 namespace mw {
 namespace {
 
+struct AsItIs {
+  MW_INLINE Floats operator()(Floats x) const { return x; }
+};
+
 // Numbers i to i + 32 of a row of x as bfloat16; those beyond `count` are 0.
-MW_TILES inline __m512i tile_row(const void* row, Dtype dtype, int64_t i, int64_t count) {
-  const __mmask32 mask = first_of_tile(count - i);
-  if (dtype != kF32) return _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(row) + i);
-  const float* from = static_cast<const float*>(row) + i;
-  const __m512 low = _mm512_maskz_loadu_ps(__mmask16(mask), from);
-  const __m512 high = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), from + kLanes);
-  return __m512i(_mm512_cvtne2ps_pbh(high, low));
+template <class NEAREST>
+MW_TILES MW_INLINE __m512i tile_row(const void* row, Dtype dtype, int64_t i, int64_t count,
+                                    const NEAREST& nearest) {
+  if (std::is_same<NEAREST, AsItIs>::value && dtype != kF32)
+    return _mm512_maskz_loadu_epi16(first_of_tile(count - i), static_cast<const uint16_t*>(row) + i);
+  const Floats low = nearest(Floats(load_numbers(row, dtype, i, count)));
+  const Floats high = nearest(Floats(load_numbers(row, dtype, i + kLanes, count)));
+  return __m512i(_mm512_cvtne2ps_pbh(__m512(high), __m512(low)));
+}
+
+// Arranges a row that becomes what `nearest` leaves of it.
+template <class NEAREST>
+MW_TILES MW_INLINE void arrange_row(const TileJob& job, const TilePlan& plan, int64_t row,
+                                    const NEAREST& nearest) {
+  const int64_t k = job.weight->k, size = job.dtype == kF32 ? 4 : 2;
+  const int64_t place = (row / kTileRows % 2 * kTileRows + row % kTileRows) * kTileInputs;
+  const char* from = static_cast<const char*>(job.x) + row * k * size;
+  for (int64_t t = 0; t < plan.chunks * plan.tiles; ++t) {
+    uint16_t* to = job.tiles + plan.place(t / plan.tiles, row / (2 * kTileRows), t % plan.tiles);
+    _mm512_store_si512(to + place, row < job.rows
+                                       ? tile_row(from, job.dtype, t * kTileInputs, k, nearest)
+                                       : _mm512_setzero_si512());
+  }
+}
+
+template <class FORMAT>
+MW_TILES bool arrange_rounded(const TileJob& job, const TilePlan& plan, int64_t row) {
+  const int64_t k = job.weight->k, at = row * k;
+  float scale = 1.0f;
+  if (row < job.rows)
+    scale = job.dtype == kF32
+                ? rounding_scale<FORMAT>(static_cast<const float*>(job.x) + at, k, job.scale)
+                : rounding_scale<FORMAT>(static_cast<const uint16_t*>(job.x) + at, k, job.scale);
+  if (std::isnan(scale)) return false;
+  arrange_row(job, plan, row, Nearest<FORMAT>{scale});
+  return true;
 }
 
 // Arranges blocks `first` to `last` of 32 rows.
-MW_TILES void arrange_tiles(const TileJob& job, int64_t first, int64_t last) {
+MW_TILES bool arrange_tiles(const TileJob& job, int64_t first, int64_t last) {
   const TilePlan plan(job.rows, job.weight->k);
-  const int64_t k = job.weight->k, size = job.dtype == kF32 ? 4 : 2;
-  for (int64_t row = first * 2 * kTileRows; row < last * 2 * kTileRows; ++row) {
-    const int64_t place = (row / kTileRows % 2 * kTileRows + row % kTileRows) * kTileInputs;
-    const char* from = static_cast<const char*>(job.x) + row * k * size;
-    for (int64_t t = 0; t < plan.chunks * plan.tiles; ++t) {
-      uint16_t* to = job.tiles + plan.place(t / plan.tiles, row / (2 * kTileRows), t % plan.tiles);
-      _mm512_store_si512(to + place, row < job.rows ? tile_row(from, job.dtype, t * kTileInputs, k)
-                                                    : _mm512_setzero_si512());
-    }
+  bool finite = true;
+  for (int64_t row = first * 2 * kTileRows; row < last * 2 * kTileRows && finite; ++row) {
+    if (job.rounding == kToInt8) finite = arrange_rounded<Int8>(job, plan, row);
+    else if (job.rounding == kToE4m3) finite = arrange_rounded<E4m3>(job, plan, row);
+    else arrange_row(job, plan, row, AsItIs());
   }
+  return finite;
 }
 
 using TileSums = float[2 * kTileRows][kPanelOutputs];  // of 32 rows and outputs

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What lies between linear layers: RMS norms, gated activations, and what fp8 leaves of activations,
-// each in one pass over memory.
+// What lies between linear layers: RMS norms, gated activations, and what formats leave of
+// activations, each in one pass over memory.
 // Included into each instruction set, as floats.h is.
 #pragma once
 #include <cfloat>
 #include <cmath>
 
+#if defined(__AVX512F__)
+#include "avx512_divide.h"
+#endif
 #include "common.h"
 #include "floats.h"
 
@@ -106,59 +109,101 @@ void silu_gate(void* gate, const void* up, Dtype dtype, int64_t first, int64_t l
     gate_numbers(static_cast<uint16_t*>(gate), static_cast<const uint16_t*>(up), first, last);
 }
 
-// Numbers in units of `scale` to the nearest of fp8 (e4m3), ties to even, saturated; in those units.
-// What is added and taken away has a last digit as large as the step between numbers of fp8.
-MW_INLINE Floats nearest_e4m3(Floats x, float scale) {
-  const Floats high = Floats{} + 448.0f, smallest = Floats{} + 0x1p-6f;  // that has an exponent
-  Floats value = x / (Floats{} + scale);
-  value = value > high ? high : value < -high ? -high : value;
-  Words bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  bits &= 0x7f800000u;
-  Floats power;
-  std::memcpy(&power, &bits, sizeof power);
-  power = power < smallest ? smallest : power;
-  const Floats magic = power * 0x1.8p20f;
-  return ((value + magic) - magic) * scale;
+// Numbers in units of a scale to the nearest that a format has, ties to even, saturated; in those
+// units. What is added and taken away has a last digit as large as the step between its numbers.
+struct E4m3 {  // fp8
+  static constexpr float kLowest = -448.0f, kHighest = 448.0f;
+  static MW_INLINE Floats magic(Floats value) {
+    const Floats smallest = Floats{} + 0x1p-6f;  // that has an exponent
+    Words bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits &= 0x7f800000u;
+    Floats power;
+    std::memcpy(&power, &bits, sizeof power);
+    power = power < smallest ? smallest : power;
+    return power * 0x1.8p20f;
+  }
+};
+
+struct Int8 {
+  static constexpr float kLowest = -128.0f, kHighest = 127.0f;
+  static MW_INLINE Floats magic(Floats) { return Floats{} + 0x1.8p23f; }
+};
+
+template <class FORMAT>
+struct Nearest {
+  const float scale;
+#if defined(__AVX512F__)
+  const Divider divide{scale};
+  MW_INLINE Floats units(Floats x) const { return Floats(divide(__m512(x))); }
+#else
+  MW_INLINE Floats units(Floats x) const { return x / (Floats{} + scale); }
+#endif
+
+  MW_INLINE Floats operator()(Floats x) const {
+    const Floats low = Floats{} + FORMAT::kLowest, high = Floats{} + FORMAT::kHighest;
+    Floats value = units(x);
+    value = value > high ? high : value < low ? low : value;
+    const Floats magic = FORMAT::magic(value);
+    return ((value + magic) - magic) * scale;
+  }
+};
+
+// The scale of `n` numbers: a given one, or their own; NaN if a number is infinite or none.
+template <class FORMAT, class T>
+MW_INLINE float rounding_scale(const T* from, int64_t n, float given) {
+  const int64_t whole = n / kAtOnce * kAtOnce;
+  T rest[kAtOnce] = {};
+  std::memcpy(rest, from + whole, (n - whole) * sizeof(T));
+  Words most = {};
+  for (int64_t i = 0; i <= whole; i += kAtOnce) {
+    const Floats value = floats_at(i < whole ? from + i : rest);
+    Words bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits &= 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  uint32_t largest = 0;
+  for (int64_t l = 0; l < kAtOnce; ++l) largest = most[l] > largest ? most[l] : largest;
+  if (largest >= 0x7f800000u) return NAN;
+  const float own = float_of(largest) / FORMAT::kHighest;
+  return given > 0.0f ? given : own < FLT_MIN ? 1.0f : own;
 }
 
-// What fp8 leaves of rows of `n` numbers, in their own scales or a given one; false where it is not
-// said what that is: a number is infinite or none.
-template <class T>
+// What a format leaves of rows of `n` numbers, in their own scales or a given one; false where it is
+// not said what that is: a number is infinite or none.
+template <class FORMAT, class T>
 bool round_rows(const T* x, T* y, int64_t n, float given, int64_t first, int64_t last) {
   const int64_t whole = n / kAtOnce * kAtOnce;
   for (int64_t r = first; r < last; ++r) {
     const T* from = x + r * n;
     T* to = y + r * n;
+    const float scale = rounding_scale<FORMAT>(from, n, given);
+    if (std::isnan(scale)) return false;
+    const Nearest<FORMAT> nearest{scale};
+    for (int64_t i = 0; i < whole; i += kAtOnce) store_floats(nearest(floats_at(from + i)), to + i);
     T rest[kAtOnce] = {};
     std::memcpy(rest, from + whole, (n - whole) * sizeof(T));
-    Words most = {};
-    for (int64_t i = 0; i <= whole; i += kAtOnce) {
-      const Floats value = floats_at(i < whole ? from + i : rest);
-      Words bits;
-      std::memcpy(&bits, &value, sizeof bits);
-      bits &= 0x7fffffffu;
-      most = bits > most ? bits : most;
-    }
-    uint32_t largest = 0;
-    for (int64_t l = 0; l < kAtOnce; ++l) largest = most[l] > largest ? most[l] : largest;
-    if (largest >= 0x7f800000u) return false;
-    const float own = float_of(largest) / 448.0f;
-    const float scale = given > 0.0f ? given : own < FLT_MIN ? 1.0f : own;
-    for (int64_t i = 0; i < whole; i += kAtOnce)
-      store_floats(nearest_e4m3(floats_at(from + i), scale), to + i);
-    store_floats(nearest_e4m3(floats_at(rest), scale), rest);
+    store_floats(nearest(floats_at(rest)), rest);
     std::memcpy(to + whole, rest, (n - whole) * sizeof(T));
   }
   return true;
 }
 
-bool round_fp8(const void* x, void* y, Dtype dtype, int64_t n, float scale, int64_t first,
-               int64_t last) {
+template <class FORMAT>
+bool round_to(const void* x, void* y, Dtype dtype, int64_t n, float scale, int64_t first,
+              int64_t last) {
   if (dtype == kF32)
-    return round_rows(static_cast<const float*>(x), static_cast<float*>(y), n, scale, first, last);
+    return round_rows<FORMAT>(static_cast<const float*>(x), static_cast<float*>(y), n, scale, first,
+                              last);
   const uint16_t* from = static_cast<const uint16_t*>(x);
-  return round_rows(from, static_cast<uint16_t*>(y), n, scale, first, last);
+  return round_rows<FORMAT>(from, static_cast<uint16_t*>(y), n, scale, first, last);
+}
+
+bool round_numbers(const void* x, void* y, Dtype dtype, Rounding to, int64_t n, float scale,
+                   int64_t first, int64_t last) {
+  return to == kToInt8 ? round_to<Int8>(x, y, dtype, n, scale, first, last)
+                       : round_to<E4m3>(x, y, dtype, n, scale, first, last);
 }
 
 }  // namespace

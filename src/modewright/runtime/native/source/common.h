@@ -39,12 +39,13 @@ MW_INLINE void fetch_line(const void* at, bool deep) {
 }
 
 // Zeroed memory for a moment; there is nobody to tell if there is none.
-inline void* memory_of(size_t size) {
-  size = (size + 63) / 64 * 64;
-  void* memory = std::aligned_alloc(64, size);
-  if (!memory) std::abort();
-  return std::memset(memory, 0, size);
+inline void* room_of(size_t size) {
+  void* room = std::aligned_alloc(64, (size + 63) / 64 * 64);
+  if (!room) std::abort();
+  return room;
 }
+
+inline void* memory_of(size_t size) { return std::memset(room_of(size), 0, size); }
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;

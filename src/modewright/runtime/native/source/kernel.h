@@ -37,6 +37,7 @@ struct Weight {
 
 enum ScaleKind { kFloat32 = 0, kFloat16 = 1, kE8M0 = 2, kE4M3 = 3 };
 enum Dtype { kF32 = 0, kBF16 = 1, kNone = 2 };
+enum Rounding { kAsItIs = 0, kToE4m3 = 1, kToInt8 = 2 };
 enum Activation { kGroup = 0, kToken = 1, kTensor = 2 };
 
 struct Plan {
@@ -71,6 +72,7 @@ struct Job {
   int8_t* tiles;           // codes again, interleaved for the panel kernel, and likewise
   float* tile_scales;      // scales
   int32_t* tile_offsets;   // and -zero * sums
+  bool straight;           // whether rows are quantized into `tiles`: then there are no codes
   Result result;
 };
 
@@ -111,6 +113,8 @@ struct TileJob {
   uint16_t* tiles;    // room for x in tiles
   int64_t rows;
   Dtype dtype;
+  Rounding rounding;  // of x before it is multiplied,
+  float scale;        // in this scale, or 0: each row in its own
 };
 
 // A search of scales. Mirrored by modewright.runtime.native.scales.SearchStruct.
@@ -141,31 +145,35 @@ struct Attention {
   int32_t dtype;  // Dtype of keys and values; only float32 but for the next token
 };
 
-// One instruction set.
+// One instruction set. What is null it does not have.
 struct Isa {
-  const char* name;
-  int64_t vector_bytes;
-  int64_t dot_rows;  // up to so many rows the dot kernel is the faster one
+  const char* name = nullptr;
+  int64_t vector_bytes = 0;
+  int64_t dot_rows = INT64_MAX;  // up to so many rows the dot kernel is the faster one
   void (*quantize)(const Job&, const void* x, Dtype, int64_t row, Activation, float scale,
-                   int terms);
-  void (*dot)(const Job&, int64_t first, int64_t last);
-  void (*interleave)(const Job&);                           // null: there is no panel kernel
-  void (*panel)(const Job&, int64_t first, int64_t last);
-  void (*search)(const ScaleSearch&, int64_t first, int64_t last);  // of rows
+                   int terms) = nullptr;
+  void (*dot)(const Job&, int64_t first, int64_t last) = nullptr;
+  int64_t (*strips)(const Job&) = nullptr;  // into which the panel kernel cuts rows
+  void (*interleave)(const Job&, int64_t first, int64_t last) = nullptr;  // strips
+  bool (*straight)(const Job&, int terms) = nullptr;  // whether quantizing can do that
+  void (*panel)(const Job&, int64_t first, int64_t last) = nullptr;
+  void (*search)(const ScaleSearch&, int64_t first, int64_t last) = nullptr;  // of rows
   void (*float_dot)(const Weight&, const float* x, int64_t x_stride, int64_t rows, float* out,
-                    int64_t first, int64_t last);
-  void (*float_unpack)(const Weight&, void* to, Dtype, int64_t first, int64_t last);
+                    int64_t first, int64_t last) = nullptr;
+  void (*float_unpack)(const Weight&, void* to, Dtype, int64_t first, int64_t last) = nullptr;
   void (*rms_norm)(const void* x, const void* weight, void* y, Dtype, Dtype of_weight, int64_t n,
-                   float eps, int64_t first, int64_t last);
-  void (*silu_gate)(void* gate, const void* up, Dtype, int64_t first, int64_t last);
-  bool (*round_fp8)(const void* x, void* y, Dtype, int64_t n, float scale, int64_t first,
-                    int64_t last);
-  void (*rotate)(float* x, const float* cos, const float* sin, int64_t heads, int64_t features);
-  void (*attend_next)(const Attention&, int64_t first, int64_t last);
-  void (*attend_prepare)(const Attention&, int64_t first, int64_t last);  // null: there is none
-  void (*attend)(const Attention&, int64_t first, int64_t last);
-  void (*tiles_arrange)(const TileJob&, int64_t first, int64_t last);  // null: there are no tiles
-  void (*tiles_multiply)(const TileJob&, int64_t first, int64_t last);
+                   float eps, int64_t first, int64_t last) = nullptr;
+  void (*silu_gate)(void* gate, const void* up, Dtype, int64_t first, int64_t last) = nullptr;
+  bool (*round)(const void* x, void* y, Dtype, Rounding, int64_t n, float scale, int64_t first,
+                int64_t last) = nullptr;
+  void (*rotate)(float* x, const float* cos, const float* sin, int64_t heads,
+                 int64_t features) = nullptr;
+  void (*attend_next)(const Attention&, int64_t first, int64_t last) = nullptr;
+  void (*attend_prepare)(const Attention&, int64_t first, int64_t last) = nullptr;
+  void (*attend)(const Attention&, int64_t first, int64_t last) = nullptr;
+  // False: numbers that are to be rounded are infinite or none.
+  bool (*tiles_arrange)(const TileJob&, int64_t first, int64_t last) = nullptr;
+  void (*tiles_multiply)(const TileJob&, int64_t first, int64_t last) = nullptr;
 };
 
 const Isa* scalar_isa();

@@ -49,6 +49,7 @@ int64_t up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
 constexpr int64_t kFetched = 8192;      // bytes of a weight, before it is multiplied
 constexpr int64_t kScalesFetched = 96;  // outputs, likewise
+constexpr int64_t kRowsQuantized = 8;   // at least, by a thread
 constexpr int64_t kLargestEntry = 128;  // inputs that share a scale of x
 
 // False where groups are too small or too odd for the registers.
@@ -163,9 +164,14 @@ bool run(const Weight& w, const Isa& isa, const Plan& plan, const void* x, int64
   const float* bias = bias_of(out, w.n, arena.take<float>(w.n));
   if (finished) job.result = {out.y, out.dtype, bias};
   else job.result = {direct ? out.y : arena.take<float>(all * w.n), kF32, nullptr};
-  for (int64_t r = 0; r < rows; ++r)
-    isa.quantize(job, x, out.dtype, r, activation, scale, out.terms);
-  if (many) isa.interleave(job);
+  job.straight = many && isa.straight && isa.straight(job, out.terms);
+  parallel(threads, rows, kRowsQuantized, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r)
+      isa.quantize(job, x, out.dtype, r, activation, scale, out.terms);
+  });
+  if (many)
+    parallel(threads, isa.strips(job), 1,
+             [&](int64_t first, int64_t last) { isa.interleave(job, first, last); });
   parallel(threads, w.n, 32, [&](int64_t first, int64_t last) {
     many ? isa.panel(job, first, last) : isa.dot(job, first, last);
     if (!finished && (!direct || bias)) finish(job, out, bias, rows, first, last);
@@ -243,17 +249,23 @@ MW_EXPORT void mw_float_unpack(const Weight* weight, void* to, int dtype, int64_
 // Whether an instruction set multiplies in tiles.
 MW_EXPORT int mw_has_tiles(int place) { return isa_named(place)->tiles_multiply != nullptr; }
 
-// y = x W^T + bias in bfloat16, summed in float32; dtype: of x and y. Bias: float32 or null.
-// Returns 0, or 2 if memory ran out.
+// y = x W^T + bias in bfloat16, summed in float32; x is rounded to a format first, in a scale that is
+// given or, if that is 0, in one for each row. Bias: float32 or null. options: dtype of x and y |
+// format << 2 | instruction set << 7 | threads << 9. Returns 0, 2 if memory ran out, or 1 if numbers
+// that are to be rounded are infinite or none: then nothing is said of y.
 MW_EXPORT int mw_tiles_linear(const Weight* weight, const void* x, int64_t rows, const float* bias,
-                              void* y, int dtype, int place, int threads) {
-  const Isa* isa = isa_named(place);
+                              void* y, float scale, int options) {
+  const Isa* isa = isa_named(options >> 7 & 3);
+  const Dtype dtype = Dtype(options & 3);
+  const int threads = options >> 9;
+  std::atomic<bool> finite{true};
   const int64_t n = weight->n, size = dtype == kF32 ? 4 : 2;
   constexpr int64_t kRows = 1024;
   for (int64_t r = 0; r < rows; r += kRows) {
     const int64_t count = rows - r < kRows ? rows - r : kRows;
     const TilePlan plan(count, weight->k);
-    Arena arena(plan.place(plan.chunks, 0, 0) * sizeof(uint16_t) + (dtype == kF32 ? 0 : size_t(count) * n * sizeof(float)) + 2 * 64);
+    const size_t sums = dtype == kF32 ? 0 : size_t(count) * n * sizeof(float);
+    Arena arena(plan.place(plan.chunks, 0, 0) * sizeof(uint16_t) + sums + 2 * 64);
     if (!arena.memory) return 2;
     TileJob job{weight, static_cast<const char*>(x) + r * weight->k * size,
                 static_cast<char*>(y) + r * n * size};
@@ -261,10 +273,13 @@ MW_EXPORT int mw_tiles_linear(const Weight* weight, const void* x, int64_t rows,
     job.sums = dtype == kF32 ? static_cast<float*>(job.y) : arena.take<float>(count * n);
     job.bias = bias;
     job.rows = count;
-    job.dtype = Dtype(dtype);
+    job.dtype = dtype;
+    job.rounding = Rounding(options >> 2 & 3);
+    job.scale = scale;
     parallel(threads, plan.blocks, 1, [&](int64_t first, int64_t last) {
-      isa->tiles_arrange(job, first, last);
+      if (!isa->tiles_arrange(job, first, last)) finite = false;
     });
+    if (!finite) return 1;
     parallel(threads, n, 32, [&](int64_t first, int64_t last) {
       isa->tiles_multiply(job, first, last);
     });
@@ -292,15 +307,16 @@ MW_EXPORT void mw_silu_gate(void* gate, const void* up, int64_t count, int optio
   });
 }
 
-// What fp8 (e4m3) leaves of x, in a scale for each row or one that is given. Returns 0, or 1 if a
-// number is infinite or none: then nothing is said of y. options: as those of mw_silu_gate.
-MW_EXPORT int mw_round_fp8(const void* x, void* y, int64_t rows, int64_t n, float scale,
-                           int options) {
+// What a format leaves of x, in a scale for each row or one that is given. Returns 0, or 1 if a
+// number is infinite or none: then nothing is said of y. options: as those of mw_silu_gate, and the
+// format << 2.
+MW_EXPORT int mw_round(const void* x, void* y, int64_t rows, int64_t n, float scale, int options) {
   const Isa* isa = isa_named(options >> 7 & 3);
   const Dtype dtype = Dtype(options & 3);
+  const Rounding to = Rounding(options >> 2 & 3);
   std::atomic<bool> fine{true};
   parallel(options >> 9, rows, 64, [&](int64_t first, int64_t last) {
-    if (!isa->round_fp8(x, y, dtype, n, scale, first, last)) fine = false;
+    if (!isa->round(x, y, dtype, to, n, scale, first, last)) fine = false;
   });
   return fine ? 0 : 1;
 }

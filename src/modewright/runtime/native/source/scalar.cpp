@@ -38,11 +38,28 @@ void dot(const Job& job, int64_t first, int64_t last) {
   }
 }
 
-const Isa kIsa = {"scalar", 4, INT64_MAX, quantize_row<4>, dot, nullptr, nullptr, search_rows, float_dot, float_unpack,
-                   rms_norm, silu_gate, round_fp8, rotate, attend_next, nullptr, nullptr};
+Isa made() {
+  Isa isa;
+  isa.name = "scalar";
+  isa.vector_bytes = 4;
+  isa.quantize = quantize_row<4>;
+  isa.dot = dot;
+  isa.search = search_rows;
+  isa.float_dot = float_dot;
+  isa.float_unpack = float_unpack;
+  isa.rms_norm = rms_norm;
+  isa.silu_gate = silu_gate;
+  isa.round = round_numbers;
+  isa.rotate = rotate;
+  isa.attend_next = attend_next;
+  return isa;
+}
 
 }  // namespace
 
-const Isa* scalar_isa() { return &kIsa; }
+const Isa* scalar_isa() {
+  static const Isa isa = made();
+  return &isa;
+}
 
 }  // namespace mw
