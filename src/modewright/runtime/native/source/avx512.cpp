@@ -3,6 +3,7 @@
 #include "kernel.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#include "avx512_amx_attend.h"
 #include "avx512_amx_bytes.h"
 #include "avx512_attend.h"
 #include "avx512_dot.h"
@@ -102,6 +103,10 @@ void use_tiles(Isa& isa) {
   if (!amx_bf16_usable()) return;
   isa.tiles_arrange = arrange_tiles;
   isa.tiles_multiply = multiply_tiled;
+  isa.attend_room = HeadTiles::room;
+  isa.attend_tokens = kTileQueries;
+  isa.attend_prepare = attend_prepare_tiles;
+  isa.attend = attend_in_tiles;
 }
 #else
 void use_tiles(Isa&) {}
@@ -125,6 +130,8 @@ Isa made() {
   isa.round = round_numbers;
   isa.rotate = rotate;
   isa.attend_next = attend_next;
+  isa.attend_room = arranged_floats;
+  isa.attend_tokens = kBlockQueries;
   isa.attend_prepare = attend_prepare;
   isa.attend = attend;
   use_tiles(isa);

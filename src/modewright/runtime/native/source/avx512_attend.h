@@ -63,20 +63,24 @@ MW_INLINE float weigh(float* scores, int64_t count, int64_t padded) {
   return sum_of(total);
 }
 
-// Some features of six outputs: VECTORS * 16 of them.
+// Some features of six outputs: VECTORS * 16 of them. All queries see the tokens before `first`,
+// and each one more than the query before it.
 template <int VECTORS>
 MW_INLINE void mix_values(const float* weights, int64_t stride, const float* values,
-                          int64_t value_token, int64_t count, const float* sums, float* out,
+                          int64_t value_token, int64_t first, const float* sums, float* out,
                           int64_t out_token, int64_t queries) {
   Floats mixed[kQueries][VECTORS] = {};
-  for (int64_t token = 0; token < count; ++token, values += value_token) {
+  const auto add = [&](int64_t token, int64_t unseen) __attribute__((always_inline)) {
     Floats row[VECTORS];
-    each<VECTORS>(EACH(v) { row[v] = floats_at(values + v * kAtOnce); });
+    each<VECTORS>(EACH(v) { row[v] = floats_at(values + token * value_token + v * kAtOnce); });
     each<kQueries>(EACH(q) {
+      if (q < unseen) return;
       const Floats weight = Floats{} + weights[q * stride + token];
       each<VECTORS>(EACH(v) { mixed[q][v] += weight * row[v]; });
     });
-  }
+  };
+  for (int64_t token = 0; token < first; ++token) add(token, 0);
+  for (int64_t q = 0; q < queries; ++q) add(first + q, q);  // what is no number stays unseen, too
   each<kQueries>(EACH(q) {
     if (q < queries)
       each<VECTORS>(EACH(v) {
@@ -108,10 +112,19 @@ void attend_block(const Attention& a, int64_t batch, int64_t head, int64_t first
   const int64_t out_token = a.heads * a.features;
   int64_t f = 0;
   for (; f + kKeys <= a.features; f += kKeys)
-    mix_values<kVectors>(scores, stride, values + f, a.value_token, seen, sums, out + f, out_token,
+    mix_values<kVectors>(scores, stride, values + f, a.value_token, first, sums, out + f, out_token,
                          here);
   for (; f < a.features; f += kAtOnce)
-    mix_values<1>(scores, stride, values + f, a.value_token, seen, sums, out + f, out_token, here);
+    mix_values<1>(scores, stride, values + f, a.value_token, first, sums, out + f, out_token, here);
+}
+
+// Queries of the tokens `first` to `last` of one head.
+void attend_queries(const Attention& a, int64_t batch, int64_t head, int64_t first, int64_t last,
+                    const float* keys) {
+  const int64_t stride = (a.tokens + kKeys - 1) / kKeys * kKeys + kAtOnce;
+  std::vector<float> room(kQueries * (stride + a.features));
+  for (; first < last; first += kQueries)
+    attend_block(a, batch, head, first, keys, room.data() + kQueries * stride, room.data(), stride);
 }
 
 int64_t arranged_floats(const Attention& a) {
@@ -124,17 +137,17 @@ void attend_prepare(const Attention& a, int64_t first, int64_t last) {
     arrange_keys(a, i / a.kv_heads, i % a.kv_heads, a.arranged + i * arranged_floats(a));
 }
 
+constexpr int64_t kBlockQueries = 8 * kQueries;
+
 // Blocks of queries, those of a head one after another; the longest first.
 void attend(const Attention& a, int64_t first, int64_t last) {
-  const int64_t blocks = (a.tokens + kQueries - 1) / kQueries;
-  const int64_t stride = (a.tokens + kKeys - 1) / kKeys * kKeys + kAtOnce;
-  std::vector<float> room(kQueries * (stride + a.features));
+  const int64_t blocks = (a.tokens + kBlockQueries - 1) / kBlockQueries;
   for (int64_t i = first; i < last; ++i) {
     const int64_t head = i / blocks % a.heads, batch = i / blocks / a.heads;
     const int64_t group = batch * a.kv_heads + head / (a.heads / a.kv_heads);
-    attend_block(a, batch, head, (blocks - 1 - i % blocks) * kQueries,
-                 a.arranged + group * arranged_floats(a), room.data() + kQueries * stride,
-                 room.data(), stride);
+    const int64_t token = (blocks - 1 - i % blocks) * kBlockQueries;
+    const int64_t end = token + kBlockQueries < a.tokens ? token + kBlockQueries : a.tokens;
+    attend_queries(a, batch, head, token, end, a.arranged + group * arranged_floats(a));
   }
 }
 

@@ -169,6 +169,8 @@ struct Isa {
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t heads,
                  int64_t features) = nullptr;
   void (*attend_next)(const Attention&, int64_t first, int64_t last) = nullptr;
+  int64_t (*attend_room)(const Attention&) = nullptr;  // floats for each head of the keys
+  int64_t attend_tokens = 0;                           // that are taken together
   void (*attend_prepare)(const Attention&, int64_t first, int64_t last) = nullptr;
   void (*attend)(const Attention&, int64_t first, int64_t last) = nullptr;
   // False: numbers that are to be rounded are infinite or none.

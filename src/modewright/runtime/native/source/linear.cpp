@@ -355,15 +355,14 @@ MW_EXPORT int mw_attend(Attention* attention, int place, int threads) {
   const Isa* isa = isa_named(place);
   Attention& a = *attention;
   const int64_t groups = a.batches * a.kv_heads;
-  Arena arena(sizeof(float) * size_t(groups) * up(a.tokens, 64) * 64 * a.features);
+  Arena arena(sizeof(float) * size_t(groups) * isa->attend_room(a));
   if (!arena.memory) return 2;
   a.arranged = reinterpret_cast<float*>(arena.memory);
   parallel(threads, groups, 1, [&](int64_t first, int64_t last) {
     isa->attend_prepare(a, first, last);
   });
-  parallel(threads, a.batches * a.heads * up(a.tokens, 6), 1, [&](int64_t first, int64_t last) {
-    isa->attend(a, first, last);
-  });
+  const int64_t blocks = a.batches * a.heads * up(a.tokens, isa->attend_tokens);
+  parallel(threads, blocks, 1, [&](int64_t first, int64_t last) { isa->attend(a, first, last); });
   return 0;
 }
 
