@@ -210,6 +210,19 @@ def test_what_is_not_faster_in_tiles_is_left_to_others(
     assert found is None if reason is None else reason in str(found)
 
 
+@needs_tiles
+def test_codes_of_8_bits_are_unpacked_fast_where_inputs_are_few() -> None:
+    narrow, wide = (
+        NativeTiles().refuses(
+            Case(random_weight("int8", 4, inputs).spec, "cpu", torch.float32, None, 33)
+        )
+        for inputs in (576, 1280)
+    )
+
+    assert narrow is None
+    assert "more than 128 rows" in str(wide)
+
+
 def test_without_tiles_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     found = library()
     if not isinstance(found, Library):

@@ -34,7 +34,7 @@ from modewright.runtime.packed_weight import PackedWeight
 _LONG, _WIDE = 128, 1024  # inputs of a group, and of all, from which int8 products are faster
 _SHORT = 64  # inputs of a group, below which they are slow
 _NOT_FINITE = 1  # what the library says of numbers that cannot be rounded
-_LOOKED_UP = 6  # bits of a code, up to which unpacking is a look-up, and fast
+_LOOKED_UP = 6  # bits of a code, up to which unpacking is a look-up, and fast if inputs are many
 
 
 class NativeTiles(Backend):
@@ -121,7 +121,7 @@ def least_rows(spec: PackedSpec) -> int:
     """Return up to how many rows another kernel is faster."""
     if format_problem(spec) is not None:
         return FEW_ROWS
-    unpacks_fast = spec.num_bits <= _LOOKED_UP
+    unpacks_fast = spec.num_bits <= _LOOKED_UP or spec.shape[1] < _WIDE
     return SOME_ROWS if spec.tile[1] < _SHORT or unpacks_fast else MORE_ROWS
 
 
