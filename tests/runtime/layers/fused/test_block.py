@@ -79,9 +79,9 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether outputs are the same but for inputs that are rounded to another int8 number."""
-    return bool((found - expected).norm() <= 1e-2 * expected.norm())
+def close(found: torch.Tensor, expected: torch.Tensor, step: float = 1 / 127) -> bool:
+    """Whether outputs are the same but for an input that is rounded to another number."""
+    return bool((found - expected).norm() <= 1.25 * step * expected.norm())
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -133,14 +133,14 @@ def test_quantized_inputs_are_the_same_by_the_kernels(scheme: str, tokens: list[
     assert close(found, expected)
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "nvfp4"])
+@pytest.mark.parametrize(("scheme", "step"), [("fp8", 1 / 16), ("nvfp4", 1 / 127)])
 def test_inputs_that_the_kernel_does_not_quantize_are_left_to_others(
-    scheme: str, tokens: list[int]
+    scheme: str, step: float, tokens: list[int]
 ) -> None:
     prompt = windows()[0][:, :10]
     expected = steps(packed(llama(), fused=False, scheme=scheme), prompt)
 
-    assert close(steps(packed(llama(), scheme=scheme), prompt), expected)
+    assert close(steps(packed(llama(), scheme=scheme), prompt), expected, step)
     assert tokens == []
 
 
