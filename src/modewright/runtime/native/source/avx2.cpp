@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // AVX2: Intel since Haswell, AMD since Zen. There is no product of u8 and s8 in int32 here: pairs
 // are summed in int16, which 7 bits fit, so the codes of 8 bits are taken apart once more.
-#include "next_token.h"
-#include "common.h"
-#include "floats.h"
-#include "scales.h"
+#include "every_isa.h"
 #include "each.h"
 
 #if defined(__AVX2__) && defined(__BMI2__)
@@ -180,19 +177,9 @@ void dot(const Job& job, int64_t first, int64_t last) {
 }
 
 Isa made() {
-  Isa isa;
-  isa.name = "avx2";
-  isa.vector_bytes = kBytes;
+  Isa isa = every_isa("avx2", kBytes);
   isa.quantize = quantize_row<kBytes>;
   isa.dot = dot;
-  isa.search = search_rows;
-  isa.float_dot = float_dot;
-  isa.float_unpack = float_unpack;
-  isa.rms_norm = rms_norm;
-  isa.silu_gate = silu_gate;
-  isa.round = round_numbers;
-  isa.rotate = rotate;
-  isa.attend_next = attend_next;
   return isa;
 }
 

@@ -10,9 +10,7 @@
 #include "avx512_panel.h"
 #include "avx512_quantize.h"
 #include "avx512_tiles.h"
-#include "floats.h"
-#include "next_token.h"
-#include "scales.h"
+#include "every_isa.h"
 
 namespace mw {
 namespace {
@@ -113,23 +111,13 @@ void use_tiles(Isa&) {}
 #endif
 
 Isa made() {
-  Isa isa;
-  isa.name = "avx512";
-  isa.vector_bytes = kBytes;
+  Isa isa = every_isa("avx512", kBytes);
   isa.dot_rows = 2;
   isa.quantize = quantize;
   isa.dot = dot;
   isa.strips = strips;
   isa.interleave = interleave;
   isa.panel = panel<InRegisters>;
-  isa.search = search_rows;
-  isa.float_dot = float_dot;
-  isa.float_unpack = float_unpack;
-  isa.rms_norm = rms_norm;
-  isa.silu_gate = silu_gate;
-  isa.round = round_numbers;
-  isa.rotate = rotate;
-  isa.attend_next = attend_next;
   isa.attend_room = arranged_floats;
   isa.attend_tokens = kBlockQueries;
   isa.attend_prepare = attend_prepare;

@@ -2,10 +2,7 @@
 // The same arithmetic without vector instructions: right everywhere, and what others are tested by.
 #include <vector>
 
-#include "next_token.h"
-#include "common.h"
-#include "floats.h"
-#include "scales.h"
+#include "every_isa.h"
 
 namespace mw {
 namespace {
@@ -39,19 +36,9 @@ void dot(const Job& job, int64_t first, int64_t last) {
 }
 
 Isa made() {
-  Isa isa;
-  isa.name = "scalar";
-  isa.vector_bytes = 4;
+  Isa isa = every_isa("scalar", 4);
   isa.quantize = quantize_row<4>;
   isa.dot = dot;
-  isa.search = search_rows;
-  isa.float_dot = float_dot;
-  isa.float_unpack = float_unpack;
-  isa.rms_norm = rms_norm;
-  isa.silu_gate = silu_gate;
-  isa.round = round_numbers;
-  isa.rotate = rotate;
-  isa.attend_next = attend_next;
   return isa;
 }
 
