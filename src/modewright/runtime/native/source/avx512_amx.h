@@ -17,6 +17,8 @@ namespace {
 
 constexpr int64_t kAmxRows = 16;  // of a tile
 
+constexpr int64_t kHundreds = 192;  // rows, up to which a weight is better read than kept
+
 // Whether the CPU has tiles, and the system lets this process use them.
 inline bool amx_usable() {
   unsigned a, b, c, d;
@@ -314,11 +316,12 @@ MW_AMX void multiply_panels(const Job& job, const Panels& panels, int64_t from, 
   results.step(2 * kAmxRows);
 }
 
-// Panels that are unpacked before rows are multiplied: all, if they stay in the second cache. Then a
-// row's results are written one after the other. If not, two, which stay in the first one.
+// Panels that are unpacked before rows are multiplied: for many rows all, if they stay in the second
+// cache. Then a row's results are written one after the other. If not, two, which stay in the first
+// one, and what comes next is fetched meanwhile.
 inline int64_t panels_at_once(const Job& job, int64_t all) {
   constexpr int64_t kCached = 1 << 20;
-  return all * kLanes * job.plan.padded <= kCached ? all : 2;
+  return job.rows > kHundreds && all * kLanes * job.plan.padded <= kCached ? all : 2;
 }
 
 // As InRegisters of avx512.cpp does it.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Causal attention in tiles, as exact as in float32: numbers are cut into bfloat16 ones that add up to
+// Causal attention in tiles, with errors of 1e-5 of the largest value: numbers are cut into bfloat16 ones that add up to
 // them, and products of parts are summed in float32 (Henry, Tang, Heinecke, "Leveraging the bfloat16
 // artificial intelligence datatype for higher-precision computations", 2019): six of three parts each
 // for scores, whose errors exp() would enlarge, three of two parts for values. Thirty-two queries meet

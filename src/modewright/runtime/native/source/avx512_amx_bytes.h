@@ -15,10 +15,9 @@ constexpr int64_t kByteRows = 2 * kAmxRows;  // of x at a time
 
 // Whether codes can be read like this, and it pays: to turn the results of many rows does not.
 inline bool lies_in_tiles(const Job& job) {
-  constexpr int64_t kMostRows = 192;
   const Weight& w = *job.weight;
   return w.num_bits == 8 && job.plan.entries == 1 && !w.table && !w.zero_point &&
-         w.k % kBytes == 0 && w.n % kAmxRows == 0 && job.rows <= kMostRows;
+         w.k % kBytes == 0 && w.n % kAmxRows == 0 && job.rows <= kHundreds;
 }
 
 // x as tiles, four inputs of 16 rows side by side: of each 32 rows the first and the last 16 in turns.
